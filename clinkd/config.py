@@ -1,0 +1,234 @@
+"""One run, described by one YAML file: these keys and no others.
+
+`load` reads the file, applies `key=value` overrides, and checks everything before any work starts.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clinkd.errors import ConfigError
+from clinkd.train.correction.settings import CorrectorSettings
+
+DEMO = "demo"  # the embedded model, or the small CLIP trained on the training split
+SAMPLE = "sample"  # the records and images that come with the package
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that knows no other keys than its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    train: str = Field(SAMPLE, description="JSON-lines file of records, or 'sample'")
+    test: str = Field(SAMPLE, description="JSON-lines file of records, or 'sample'")
+    root: str | None = Field(None, description="folder of the images; default: that of the file")
+    teacher_fraction: float = Field(
+        0.111, gt=0, le=1, description="share of the training split that the teacher sees"
+    )
+    train_limit: PositiveInt | None = Field(None, description="at most so many training records")
+    test_limit: PositiveInt | None = Field(None, description="at most so many test records")
+
+
+class PositionsConfig(Section):
+    preset: Literal["paper", "warm", "mrope", "gap2"] = Field(
+        "warm", description="positions of image patches and text, see docs/rotary.md"
+    )
+    pos_scale: tuple[float, float] = Field(
+        (2.0, 2.0), description="spacing of patches by height and width; the paper's alpha1, alpha2"
+    )
+
+
+class DemoModelConfig(Section):
+    """Size of the embedded model; used only where `model.student` is 'demo'."""
+
+    layers: PositiveInt = 4
+    width: PositiveInt = Field(128, description="hidden size; a multiple of 32")
+    vision_layers: PositiveInt = 3
+    vision_width: PositiveInt = Field(96, description="a multiple of 32")
+    vocabulary: int = Field(2000, ge=400, description="most tokens that the BPE may learn")
+
+
+class ModelConfig(Section):
+    student: str = Field(DEMO, description="hub name or folder of a Qwen-VL checkpoint, or 'demo'")
+    teacher: str | None = Field(None, description="the same; default: the student's start")
+    positions: PositionsConfig = PositionsConfig()
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    freeze_vision: bool = Field(False, description="leave the vision tower as it is")
+    min_pixels: PositiveInt = Field(56 * 56, description="smaller images are enlarged")
+    max_pixels: PositiveInt = Field(768 * 768, description="larger images are shrunk")
+    demo: DemoModelConfig = DemoModelConfig()
+
+
+class TrainConfig(Section):
+    epochs: float = Field(2, gt=0, description="passes over the stage's records")
+    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: PositiveInt = Field(4, description="records a device and micro-batch")
+    gradient_accumulation: PositiveInt = Field(1, description="micro-batches an optimiser step")
+    warmup_ratio: Fraction = Field(0.03, description="share of the steps with a rising rate")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_length: PositiveInt = Field(2048, description="tokens; a longer record is an error")
+    gradient_checkpointing: bool = False
+    save_steps: PositiveInt = Field(200, description="optimiser steps between checkpoints")
+    log_steps: PositiveInt = Field(10, description="optimiser steps between log lines")
+    deepspeed: str | None = Field(None, description="DeepSpeed JSON file, see configs/deepspeed/")
+
+
+class DistillConfig(TrainConfig):
+    kd_weight: float = Field(0.5, ge=0, description="a in (CE + a KD) / (1 + a); the paper's alpha")
+    temperature: float = Field(1.0, gt=0, description="softmax temperature of both models")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
+    pseudo_labels: Literal["soft", "hard", "both"] = Field(
+        "soft",
+        description="learn from the teacher's distributions, its confident answers, or both",
+    )
+    min_confidence: Fraction = Field(
+        0.5, description="hard pseudo-labels below this mean token probability are left out"
+    )
+
+
+class CorrectConfig(TrainConfig):
+    epochs: float = Field(1, gt=0, description="passes over the corrected records after each round")
+    rounds: int = Field(2, ge=0, description="answer, correct, train: so many times; 0 = leave out")
+    threshold: Fraction = Field(0.8, description="answers less similar to the truth are corrected")
+    iou_threshold: Fraction = Field(0.5, description="VG answers below this IoU are corrected")
+    policy: Literal["truth", "keep", "skip"] = Field(
+        "truth", description="what to learn from where a correction fails its checks"
+    )
+    records_limit: PositiveInt | None = Field(
+        None, description="answer and correct at most so many training records a round"
+    )
+    similarity: str = Field(
+        "minilm", description="'minilm', 'token_f1', or the name or folder of a sentence encoder"
+    )
+    corrector: CorrectorSettings = CorrectorSettings()
+
+
+class GenerateConfig(Section):
+    num_beams: int = Field(3, ge=1, le=16)
+    num_samples: int = Field(3, ge=1, le=16, description="candidates kept of each question")
+    max_new_tokens: PositiveInt = 80
+    length_penalty: float = 1.0
+    batch_size: PositiveInt = Field(8, description="questions at a time")
+    selection: Literal["clip", "beam", "mixed", "consensus", "oracle"] = "clip"
+    mix: Fraction = Field(0.5, description="lambda of 'mixed': weight of CLIP beside the beam score")
+    scorer: str = Field(
+        DEMO, description="open_clip name, 'local-dir:FOLDER', transformers CLIP folder, or 'demo'"
+    )
+    scorer_steps: PositiveInt = Field(300, description="training steps of the 'demo' scorer")
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> "GenerateConfig":
+        if self.num_samples > self.num_beams:
+            raise ValueError(f"num_samples must be at most num_beams ({self.num_beams})")
+        return self
+
+
+class EvaluateConfig(Section):
+    protocol: Literal["bird", "clinkd", "strict"] = "clinkd"
+    meteor: Literal["auto", "jar", "python"] = Field(
+        "auto", description="METEOR through its jar, or our approximation named meteor_py"
+    )
+    bootstrap: int = Field(1000, ge=0, description="resamples behind the 95 % intervals; 0: none")
+
+
+class RunConfig(Section):
+    """Teacher, pseudo-labels, distillation, correction, answers, metrics, report."""
+
+    output: str = Field("run", description="the run folder")
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    teacher: TrainConfig = TrainConfig()
+    distill: DistillConfig = DistillConfig()
+    correct: CorrectConfig = CorrectConfig()
+    generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides, check every key and value.
+
+    Raises:
+        ConfigError: the key at fault, what is allowed there, and the nearest known key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold keys and values, not a {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return check(tree, source=str(path))
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} must be written key=value, as in distill.epochs=3")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from None
+
+
+def check(tree: dict[str, Any], source: str = "configuration") -> RunConfig:
+    """Turn a tree of keys and values into a checked configuration."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(e) for e in error.errors()]
+        raise ConfigError(f"{source}: " + "\n  ".join(problems)) from None
+
+
+def _explain(error: Any) -> str:
+    """One sentence for one pydantic error: the key, what it was, what is allowed."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {key!r}{hint} (known here: {', '.join(known)})"
+    given = error.get("input")
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(given, str) and error["type"] == "literal_error":
+        expected = [part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        near = difflib.get_close_matches(given, expected, n=1, cutoff=0.5)
+        message += f"; did you mean {near[0]!r}?" if near else ""
+    shown = "" if isinstance(given, dict | BaseModel) else f", got {given!r}"
+    return f"{key or 'settings'}: {message}{shown}"
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)
+
+
+def dump(config: RunConfig) -> str:
+    """The whole configuration as YAML, defaults written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,325 @@
+"""transformers' Trainer with the distillation loss, exact resumption and whole checkpoints."""
+
+import math
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from clinkd.config import DistillConfig, TrainConfig
+from clinkd.data.collate import AnswerDataset, collate
+from clinkd.data.records import Record
+from clinkd.errors import ClinkdError, Preempted, SetupError
+from clinkd.train.log import MetricsLog
+from clinkd.train.loss import answer_forward
+from clinkd.train.sampler import BucketSampler
+
+Progress = Callable[[int, int, str], None]  # done steps, all steps, what to show beside them
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one training stage works on and where it writes.
+
+    Attributes:
+        stage: name in metrics.jsonl.
+        output: folder of the finished model; checkpoints lie in `checkpoints/` beside its files.
+        log: the run's metrics.jsonl.
+    """
+
+    stage: str
+    output: Path
+    log: MetricsLog
+    records: Sequence[Record]
+    data_root: Path
+    seed: int
+    progress: Progress | None = None
+
+
+def train(
+    job: Job,
+    model: PreTrainedModel,
+    processor: Any,
+    settings: TrainConfig,
+    teacher: PreTrainedModel | None = None,
+) -> float:
+    """Train on the records' answers, and from a teacher's distributions if one is given.
+
+    Goes on from the last whole checkpoint of `job.output`; writes the finished model there.
+
+    Args:
+        settings: a `DistillConfig` where there is a teacher.
+
+    Returns:
+        The mean loss of the last logged steps.
+
+    Raises:
+        DataError: a record that does not fit, before any step.
+        Preempted: SIGTERM or SIGUSR1 came; a checkpoint was written.
+        ClinkdError: the loss is not finite.
+        SetupError: no space left for a checkpoint; the last one is whole.
+    """
+    dataset = AnswerDataset(job.records, job.data_root, processor, settings.max_length)
+    checkpoints = job.output / "checkpoints"
+    arguments = _arguments(job, settings, checkpoints, len(dataset))
+    callback = _Watch(job)
+    trainer = AnswerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=partial(collate, pad_token_id=processor.tokenizer.pad_token_id),
+        callbacks=[callback],
+        processing_class=processor,
+        teacher=teacher,
+        kd=settings if isinstance(settings, DistillConfig) else None,
+    )
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    job.log.forget(job.stage, after_step=int(last.rsplit("-", 1)[1]) if last else -1)
+    with callback.signals(), answer_forward(model):
+        trainer.train(resume_from_checkpoint=last)
+    if callback.preempted:
+        raise Preempted(f"stage {job.stage}: stopped by a signal at step {trainer.state.global_step}")
+    save_model(job.output, model, processor)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return callback.last_loss
+
+
+def save_model(folder: Path, model: PreTrainedModel, processor: Any) -> None:
+    """Write a Hugging Face model folder; `config.json`, which loading starts from, comes last."""
+    staging = folder / ".staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+        for path in files:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise SetupError(f"{folder}: the model cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _arguments(
+    job: Job, settings: TrainConfig, checkpoints: Path, records: int
+) -> TrainingArguments:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    step_records = settings.batch_size * settings.gradient_accumulation * world
+    steps = math.ceil(math.ceil(records / step_records) * settings.epochs)
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(settings.warmup_ratio * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        optim="adamw_torch",
+        bf16=settings.deepspeed is not None and torch.cuda.is_available(),
+        deepspeed=settings.deepspeed,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,  # a NaN must be seen, not smoothed over
+        average_tokens_across_devices=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=[],
+        seed=job.seed,
+        data_seed=job.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+class AnswerTrainer(Trainer):
+    """Loss on answer tokens, divided once by their number over the whole optimiser step."""
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | None = None,
+        kd: DistillConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if (teacher is None) != (kd is None):
+            raise ValueError("teacher and kd go together: give both or neither")
+        # our loss divides by the step's token count itself; the Trainer must not divide again
+        self.model_accepts_loss_kwargs = True
+        self.kd = kd
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+            self.teacher = teacher.to(self.args.device)  # type: ignore[arg-type]
+        self._parts: list[Tensor] = []  # (CE, KD) of each micro-batch since the last log line
+        self._staging: str | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
+        dataset = self.train_dataset
+        lengths = [len(r.question) + len(r.answer) for r in dataset.records]
+        return BucketSampler(lengths, self.args.train_batch_size, self.args.data_seed)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        teacher_hidden = teacher_weight = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                kept = {name: value for name, value in inputs.items() if name != "labels"}
+                teacher_hidden = self.teacher.model(**kept, use_cache=False).last_hidden_state
+            teacher_weight = self.teacher.lm_head.weight
+        loss = model(
+            **inputs,
+            teacher_hidden=teacher_hidden,
+            teacher_weight=teacher_weight,
+            kd=self.kd,
+            num_items=num_items_in_batch,
+        )
+        self._parts.append(torch.stack([loss.ce.detach(), loss.kd.detach()]))
+        # gradients are averaged over processes, while num_items counts the tokens of all of them
+        total: Tensor = loss.loss * self.accelerator.num_processes
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._parts and "loss" in logs:
+            steps = len(self._parts) / self.args.gradient_accumulation_steps
+            ce, kd = (torch.stack(self._parts).sum(dim=0) / steps).tolist()
+            logs |= {"ce": ce} | ({"kd": kd} if self.kd is not None else {})
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write into a folder that no resumption looks at, then rename: whole or absent."""
+        root = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = str(root / ".staging")
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(root / name, ignore_errors=True)
+                _sync_files(Path(self._staging))
+                os.replace(Path(self._staging) / name, root / name)
+                _prune(root, self.args.save_total_limit)
+        except OSError as error:
+            raise SetupError(
+                f"{root / name}: the checkpoint cannot be written ({error.strerror}); "
+                "free some space and start again, the one before it is whole"
+            ) from error
+        finally:
+            self._staging = None
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _prune(root: Path, keep: int) -> None:
+    steps = sorted(int(path.name.rsplit("-", 1)[1]) for path in root.glob("checkpoint-*"))
+    for step in steps[:-keep]:
+        shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)
+
+
+class _Watch(TrainerCallback):
+    """Log rows, progress, a stop on NaN, and a checkpoint when a signal asks to stop."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.preempted = False
+        self.last_loss = math.nan
+
+    def signals(self) -> "_Signals":
+        return _Signals(self)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.job.progress is not None:
+            self.job.progress(state.global_step, state.max_steps, f"loss {self.last_loss:.3f}")
+        if self.preempted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.last_loss = logs["loss"]
+        if state.is_world_process_zero:
+            names = ("loss", "ce", "kd", "learning_rate", "grad_norm")
+            row = {name: float(logs[name]) for name in names if name in logs}
+            where = {"stage": self.job.stage, "step": state.global_step, "epoch": state.epoch}
+            self.job.log.append(where | row)
+        if not math.isfinite(self.last_loss):
+            raise ClinkdError(
+                f"stage {self.job.stage}: the loss is {self.last_loss} at step {state.global_step}; "
+                "lower learning_rate, or set CLINKD_CHECK=1 to find the row"
+            )
+
+
+class _Signals:
+    """While open, SIGTERM and SIGUSR1 ask for a checkpoint and a stop at the next step."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self.previous[number] = signal.signal(number, self._stop)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.watch.preempted = True
