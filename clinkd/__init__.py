@@ -1,4 +1,4 @@
-"""Distil, correct and fine-tune grounded medical vision-language models (ClinKD, arXiv:2502.05928)."""
+"""Distil, correct and fine-tune grounded medical VLMs: the ClinKD method (arXiv:2502.05928)."""
 
 from clinkd._version import __version__
 

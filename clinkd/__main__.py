@@ -1,0 +1,5 @@
+"""`python -m clinkd` is the `clinkd` command."""
+
+from clinkd.cli import main
+
+main()

@@ -1,0 +1,216 @@
+"""A run is a folder: where every stage reads, and writes its own files only."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from clinkd._version import __version__
+from clinkd.config import RunConfig, dump
+from clinkd.data.files import write_json, write_text
+from clinkd.errors import ClinkdError, ConfigError, DataError, SetupError
+
+STAGES = (
+    "prepare",
+    "teacher",
+    "pseudo-label",
+    "distill",
+    "correct",
+    "generate",
+    "evaluate",
+    "report",
+)
+
+# what each stage alone writes, removed before it starts over
+OWNED = {
+    "prepare": ("data", "student/base", "scorer"),
+    "teacher": ("teacher",),
+    "pseudo-label": ("pseudo",),
+    "distill": ("student/distilled",),
+    "correct": ("correction", "student/round-*"),
+    "generate": ("predictions.jsonl", "predictions"),
+    "evaluate": ("metrics.json",),
+    "report": ("report.html",),
+}
+
+
+class RunFolder:
+    """Paths, the stage book (run.json) and the lock of one run."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def open(cls, config: RunConfig, *, update: bool = False) -> "RunFolder":
+        """Create the folder or go on in it, alone.
+
+        Args:
+            update: accept a folder whose config differs; the stages it concerns are done again.
+
+        Raises:
+            ConfigError: the folder belongs to another configuration.
+            SetupError: it cannot be written, or another process works in it.
+        """
+        folder = cls(Path(config.output), config)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder._take_lock()
+            folder._check_config(update)
+            write_text(folder.path / "config.yaml", dump(config))
+        except OSError as error:
+            raise SetupError(
+                f"run folder {folder.path} cannot be written: {error.strerror}; choose another "
+                "with output=FOLDER"
+            ) from None
+        return folder
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise SetupError(f"another process is working in run folder {self.path}") from None
+
+    def _check_config(self, update: bool) -> None:
+        existing = self.path / "config.yaml"
+        if not existing.exists():
+            if any(p.name != ".lock" for p in self.path.iterdir()):
+                raise ConfigError(
+                    f"{self.path} is not empty and holds no run; choose another with output=FOLDER"
+                )
+            return
+        theirs = yaml.safe_load(existing.read_text(encoding="utf-8"))
+        ours = self.config.model_dump(mode="json")
+        different = sorted(_differences(theirs, ours, ""))
+        different = [key for key in different if key != "output"]
+        if different and not update:
+            raise ConfigError(
+                f"run folder {self.path} belongs to another configuration; different: "
+                f"{', '.join(different)}. Choose another folder with output=FOLDER, or give "
+                "--update to do the stages that this concerns again"
+            )
+
+    # paths ---------------------------------------------------------------------------------
+
+    def data(self, split: str) -> Path:
+        """JSON lines of `train`, `test` or `teacher`."""
+        return self.path / "data" / f"{split}.jsonl"
+
+    def student(self, name: str) -> Path:
+        """Model folder `base`, `distilled` or `round-k`."""
+        return self.path / "student" / name
+
+    @property
+    def final_student(self) -> Path:
+        """The last model of the run."""
+        rounds = self.config.correct.rounds
+        return self.student(f"round-{rounds}" if rounds else "distilled")
+
+    @property
+    def teacher(self) -> Path:
+        return self.path / "teacher"
+
+    @property
+    def scorer(self) -> Path:
+        return self.path / "scorer"
+
+    def correction(self, round_: int) -> Path:
+        return self.path / "correction" / f"round-{round_}"
+
+    # the stage book -------------------------------------------------------------------------
+
+    def book(self) -> dict[str, Any]:
+        """run.json, or an empty book."""
+        path = self.path / "run.json"
+        if not path.exists():
+            return {"clinkd": __version__, "seed": self.config.seed, "stages": {}}
+        try:
+            book: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is damaged: {error.msg}; remove it to start over") from None
+        return book
+
+    def write_book(self, book: dict[str, Any]) -> None:
+        write_json(self.path / "run.json", book)
+
+    def note(self, stage: str, **facts: Any) -> None:
+        """Write facts about a stage into run.json."""
+        book = self.book()
+        book["stages"].setdefault(stage, {}).update(facts)
+        self.write_book(book)
+
+    def clear(self, stage: str) -> None:
+        """Remove what a stage wrote earlier."""
+        for pattern in OWNED[stage]:
+            for path in self.path.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    def require(self, stage: str) -> None:
+        """Make sure that a stage is done.
+
+        Raises:
+            ClinkdError: it is not; which command does it.
+        """
+        if self.book()["stages"].get(stage, {}).get("status") != "done":
+            raise ClinkdError(
+                f"stage {stage!r} is not done in {self.path}; run it first: clinkd {stage} CONFIG"
+            )
+
+
+def _differences(a: Any, b: Any, key: str) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            found
+            for name in {*a, *b}
+            for found in _differences(a.get(name), b.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if a == b else [key]
+
+
+def fingerprints(config: RunConfig, inputs: dict[str, str]) -> dict[str, str]:
+    """What each stage's result depends on, as one hash; each includes the stage before it.
+
+    Args:
+        inputs: hashes of the files that the run reads.
+    """
+    whole = config.model_dump(mode="json")
+    demo_scorer = {k: whole["generate"][k] for k in ("scorer", "scorer_steps")}
+    parts: dict[str, Any] = {
+        "prepare": [inputs, whole["seed"], whole["data"], whole["model"], demo_scorer],
+        "teacher": whole["teacher"],
+        "pseudo-label": whole["distill"]["pseudo_labels"],
+        "distill": whole["distill"],
+        "correct": whole["correct"],
+        "generate": whole["generate"],
+        "evaluate": whole["evaluate"],
+        "report": [],
+    }
+    out: dict[str, str] = {}
+    before = __version__
+    for stage in STAGES:
+        text = json.dumps([before, parts[stage]], sort_keys=True)
+        before = out[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return out
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that a user may still write there."""
+    info = os.statvfs(path)
+    return info.f_bavail * info.f_frsize

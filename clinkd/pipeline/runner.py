@@ -1,0 +1,142 @@
+"""Run stages in order, skip what is done, keep time and memory."""
+
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+
+from clinkd._version import __version__
+from clinkd.config import SAMPLE, RunConfig
+from clinkd.data.files import sha256_file
+from clinkd.errors import ConfigError, SetupError
+from clinkd.pipeline.folder import STAGES, RunFolder, fingerprints, free_bytes
+from clinkd.pipeline.paths import records_file
+from clinkd.progress import Console
+
+LEAST_FREE_BYTES = 200 << 20  # under this a run does not start: a stage would break in its middle
+
+
+def run(
+    config: RunConfig,
+    console: Console,
+    *,
+    first: str = STAGES[0],
+    last: str = STAGES[-1],
+    update: bool = False,
+) -> RunFolder:
+    """Do the stages from `first` to `last` that are not done yet.
+
+    Raises:
+        ConfigError: an unknown stage, or `first` after `last`.
+        ClinkdError: what a stage says; what is done stays done.
+    """
+    for name in (first, last):
+        if name not in STAGES:
+            raise ConfigError(f"unknown stage {name!r}; expected one of {', '.join(STAGES)}")
+    wanted = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
+    if not wanted:
+        raise ConfigError(f"stage {first!r} comes after {last!r}")
+    inputs = {
+        split: sha256_file(records_file(getattr(config.data, split), split))
+        for split in ("train", "test")
+    }
+    folder = RunFolder.open(config, update=update)
+    try:
+        if free_bytes(folder.path) < LEAST_FREE_BYTES:
+            raise SetupError(
+                f"{folder.path}: less than {LEAST_FREE_BYTES >> 20} MiB of disk space left"
+            )
+        for stage in STAGES[: STAGES.index(first)]:
+            folder.require(stage)
+        _describe(folder)
+        marks = fingerprints(config, inputs)
+        for stage in wanted:
+            _run_stage(folder, stage, marks[stage], console)
+    finally:
+        folder.close()
+    return folder
+
+
+def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console) -> None:
+    from clinkd.pipeline import stages  # here: it imports torch and transformers
+
+    entry = folder.book()["stages"].get(stage, {})
+    if entry.get("fingerprint") == fingerprint and entry.get("status") == "done":
+        console.stage_skipped(stage, entry.get("summary", ""))
+        return
+    if entry.get("fingerprint") != fingerprint:
+        folder.clear(stage)
+        entry = {}
+    folder.note(
+        stage,
+        status="running",
+        fingerprint=fingerprint,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    before = float(entry.get("seconds", 0.0))  # of the tries that were cut off
+    start = time.monotonic()
+    status = "running"
+    with _peak_memory() as peak, console.stage(stage) as progress:
+        try:
+            summary = stages.RUN[stage](folder, progress)
+            status = "done"
+        except BaseException as error:
+            summary = f"stopped: {error or type(error).__name__}"
+            console.stage_failed(stage, summary, time.monotonic() - start)
+            raise
+        finally:
+            folder.note(
+                stage,
+                status=status,
+                seconds=round(before + time.monotonic() - start, 1),
+                peak_mib=max(peak[0] >> 20, entry.get("peak_mib", 0)),
+                summary=summary,
+            )
+    console.stage_done(stage, summary, time.monotonic() - start)
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """Watch this process's resident memory; the list's one number is the most seen, in bytes."""
+    process = psutil.Process()
+    peak = [process.memory_info().rss]
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.2):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _describe(folder: RunFolder) -> None:
+    """Note versions and the machine in run.json."""
+    packages = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "deepspeed")
+    versions = {"python": platform.python_version(), "clinkd": __version__}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    book = folder.book()
+    book["versions"] = versions
+    book["machine"] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "executable": f"Python {sys.version.split()[0]}",
+    }
+    book["data"] = "sample" if folder.config.data.train == SAMPLE else folder.config.data.train
+    folder.write_book(book)

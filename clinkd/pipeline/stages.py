@@ -1,0 +1,350 @@
+"""What each stage does: it reads the run folder and writes its own files only."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, PreTrainedModel
+
+from clinkd import evaluate, generate, models, report
+from clinkd.config import DEMO, CorrectConfig, RunConfig, TrainConfig
+from clinkd.data.checks import require_sound
+from clinkd.data.files import write_jsonl
+from clinkd.data.records import Record, read_records, write_records
+from clinkd.data.select import limit_records, teacher_subset
+from clinkd.pipeline.folder import RunFolder
+from clinkd.pipeline.paths import data_root, records_file
+from clinkd.progress import Update
+from clinkd.rotary import PositionConfig
+from clinkd.train.correction import correct_records, make_corrector, make_similarity, write_round
+from clinkd.train.log import MetricsLog
+from clinkd.train.trainer import Job, train
+
+Stage = Callable[[RunFolder, Update], str]
+
+
+def prepare(folder: RunFolder, progress: Update) -> str:
+    """Check the data, draw the teacher's share, build the embedded model and scorer."""
+    config = folder.config
+    root = data_root(config.data)
+    train_records, test_records = (
+        read_records(records_file(name, split))
+        for name, split in ((config.data.train, "train"), (config.data.test, "test"))
+    )
+    train_records = limit_records(train_records, config.data.train_limit, config.seed)
+    test_records = limit_records(test_records, config.data.test_limit, config.seed)
+    require_sound(train_records, test_records, root)
+    teacher_records = teacher_subset(train_records, config.data.teacher_fraction, config.seed)
+    for split, records in (
+        ("train", train_records),
+        ("test", test_records),
+        ("teacher", teacher_records),
+    ):
+        write_records(folder.data(split), records)
+    if config.model.student == DEMO:
+        _build_demo_model(folder, train_records)
+    if config.generate.scorer == DEMO:
+        log = MetricsLog(folder.path / "metrics.jsonl")
+        log.forget("clip")
+        generate.train_clip(
+            train_records,
+            root,
+            folder.scorer,
+            steps=config.generate.scorer_steps,
+            seed=config.seed,
+            log=log.append,
+            progress=progress,
+        )
+    return (
+        f"{len(train_records)} training and {len(test_records)} test records, "
+        f"{len(teacher_records)} for the teacher"
+    )
+
+
+def _build_demo_model(folder: RunFolder, records: Sequence[Record]) -> None:
+    from clinkd.models.demo import build_model, build_processor
+    from clinkd.train.trainer import save_model
+
+    config = folder.config.model
+    texts = [turn.value for record in records for turn in record.conversations]
+    processor = build_processor(
+        texts, config.demo.vocabulary, config.min_pixels, config.max_pixels
+    )
+    model = build_model(processor, config.demo, folder.config.seed)
+    models.apply(model, positions=_positions(folder.config))
+    save_model(folder.student("base"), model, processor)
+
+
+def teacher(folder: RunFolder, progress: Update) -> str:
+    """Fine-tune a copy of the start on the teacher's share of the training split."""
+    records = read_records(folder.data("teacher"))
+    start = folder.config.model.teacher or _start(folder)
+    model, processor = _load(folder.config, start)
+    loss = _train(folder, "teacher", model, processor, records, folder.config.teacher, progress)
+    return f"{len(records)} records, loss {loss:.3f}"
+
+
+def pseudo_label(folder: RunFolder, progress: Update) -> str:
+    """Let the teacher answer the training split, with its confidence in each answer."""
+    records = read_records(folder.data("train"))
+    model, processor = _load(folder.config, str(folder.teacher))
+    rows = _answer(
+        folder, model, processor, records, folder.path / "pseudo" / "answers.jsonl", progress
+    )
+    for row in rows:
+        row["confidence"] = _confidence(row)
+    write_jsonl(folder.path / "pseudo" / "labels.jsonl", rows)
+    mean = sum(row["confidence"] for row in rows) / max(1, len(rows))
+    return f"{len(rows)} answers, mean token probability {mean:.2f}"
+
+
+def _confidence(row: dict[str, Any]) -> float:
+    """Geometric mean of the answer's token probabilities; 0 where there is no answer."""
+    if row["error"] is not None:
+        return 0.0
+    return round(float(torch.tensor(row["candidates"][0]["mean_log_prob"]).exp()), 6)
+
+
+def distill(folder: RunFolder, progress: Update) -> str:
+    """Train the student on the truth and on the teacher's distributions or answers."""
+    config = folder.config.distill
+    records = read_records(folder.data("train"))
+    soft = config.pseudo_labels != "hard"
+    if config.pseudo_labels != "soft":
+        records += _hard_labels(folder, records, config.min_confidence)
+    student, processor = _load(folder.config, _start(folder))
+    teacher_model = _load(folder.config, str(folder.teacher))[0] if soft else None
+    output = folder.student("distilled")
+    loss = _train(
+        folder, "distill", student, processor, records, config, progress, output, teacher_model
+    )
+    return f"{len(records)} records, loss {loss:.3f}"
+
+
+def _hard_labels(
+    folder: RunFolder, records: Sequence[Record], least: float
+) -> list[Record]:
+    """Records that carry the teacher's confident answers in place of the truth."""
+    by_id = {record.id: record for record in records}
+    out = []
+    for line in (folder.path / "pseudo" / "labels.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["confidence"] >= least and row["response"].strip():
+            record = by_id[row["id"]]
+            out.append(record.with_answer(row["response"], id=f"{record.id}#pseudo"))
+    return out
+
+
+def correct(folder: RunFolder, progress: Update) -> str:
+    """Answer the training split, correct weak answers against the truth, learn from them."""
+    config = folder.config.correct
+    if config.rounds == 0:
+        return "left out (correct.rounds = 0)"
+    similarity = make_similarity(config.similarity)
+    corrector = make_corrector(config.corrector)
+    current = str(folder.student("distilled"))
+    counts = []
+    for round_ in range(1, config.rounds + 1):
+        output = folder.student(f"round-{round_}")
+        if not (output / "config.json").exists():
+            counts.append(_round(folder, round_, current, corrector, similarity, progress))
+        current = str(output)
+    done = ", ".join(
+        f"round {k}: {_count_corrections(folder, k)} corrected"
+        for k in range(1, config.rounds + 1)
+    )
+    return done
+
+
+def _round(
+    folder: RunFolder,
+    round_: int,
+    start: str,
+    corrector: Any,
+    similarity: Any,
+    progress: Update,
+) -> None:
+    config: CorrectConfig = folder.config.correct
+    place = folder.correction(round_)
+    records = read_records(folder.data("train"))
+    model, processor = _load(folder.config, start)
+    if not (place / "data.jsonl").exists():
+        asked = limit_records(records, config.records_limit, folder.config.seed + round_)
+        rows = _answer(folder, model, processor, asked, place / "answers.jsonl", progress)
+        corrections = correct_records(
+            asked,
+            {row["id"]: row["response"] for row in rows},
+            corrector=corrector,
+            similarity=similarity,
+            threshold=config.threshold,
+            iou_threshold=config.iou_threshold,
+            policy=config.policy,
+        )
+        write_round(place, records, corrections)
+    _train(
+        folder,
+        f"correct-{round_}",
+        model,
+        processor,
+        read_records(place / "data.jsonl"),
+        config,
+        progress,
+        folder.student(f"round-{round_}"),
+    )
+
+
+def _count_corrections(folder: RunFolder, round_: int) -> int:
+    text = (folder.correction(round_) / "corrections.jsonl").read_text(encoding="utf-8")
+    return sum(bool(line.strip()) for line in text.splitlines())
+
+
+def generate_answers(folder: RunFolder, progress: Update) -> str:
+    """Answer the test split with every model; CLIP chooses among the last one's beams."""
+    config = folder.config.generate
+    records = read_records(folder.data("test"))
+    earlier = {
+        "base": _start(folder),
+        "teacher": str(folder.teacher),
+        "distilled": str(folder.student("distilled")),
+    }
+    for name, path in earlier.items():
+        output = folder.path / "predictions" / f"{name}.jsonl"
+        if not output.exists():
+            model, processor = _load(folder.config, path)
+            _answer(folder, model, processor, records, output, progress, beams=config.num_beams)
+    model, processor = _load(folder.config, str(folder.final_student))
+    scorer = None
+    if config.selection in ("clip", "mixed", "oracle"):
+        name = f"local-dir:{folder.scorer}" if config.scorer == DEMO else config.scorer
+        scorer = generate.ClipScorer.load(name)
+    _answer(
+        folder,
+        model,
+        processor,
+        records,
+        folder.path / "predictions.jsonl",
+        progress,
+        beams=config.num_beams,
+        samples=config.num_samples,
+        scorer=scorer,
+        selection=config.selection,
+    )
+    return f"{len(records)} questions, beams {config.num_beams}, selection {config.selection!r}"
+
+
+def evaluate_answers(folder: RunFolder, progress: Update) -> str:
+    """Score every model and the trivial baselines by the chosen protocol."""
+    metrics = evaluate.evaluate_run(
+        folder.path,
+        protocol=folder.config.evaluate.protocol,
+        test_records=read_records(folder.data("test")),
+        train_records=read_records(folder.data("train")),
+        settings=folder.config.evaluate.model_dump() | {"seed": folder.config.seed},
+    )
+    scores = {name: model["average"] for name, model in metrics["models"].items()}
+    return ", ".join(f"{name} {score:.1f}" for name, score in scores.items())
+
+
+def write_report(folder: RunFolder, progress: Update) -> str:
+    """Make the page that shows all of it."""
+    path = report.build_report(folder.path, data_root(folder.config.data))
+    return f"{path} ({path.stat().st_size / 1e6:.1f} MB)"
+
+
+RUN: dict[str, Stage] = {
+    "prepare": prepare,
+    "teacher": teacher,
+    "pseudo-label": pseudo_label,
+    "distill": distill,
+    "correct": correct,
+    "generate": generate_answers,
+    "evaluate": evaluate_answers,
+    "report": write_report,
+}
+
+
+# shared by the stages ---------------------------------------------------------------------------
+
+
+def _start(folder: RunFolder) -> str:
+    """The untrained student: a name or folder."""
+    student = folder.config.model.student
+    return str(folder.student("base")) if student == DEMO else student
+
+
+def _positions(config: RunConfig) -> PositionConfig:
+    return PositionConfig(
+        preset=config.model.positions.preset, pos_scale=config.model.positions.pos_scale
+    )
+
+
+def _load(config: RunConfig, path: str) -> tuple[PreTrainedModel, Any]:
+    """A model with its positions applied, and its processor with the configured image sizes."""
+    dtype = getattr(torch, config.model.dtype)
+    model = models.load(path, positions=_positions(config), dtype=dtype)
+    processor = AutoProcessor.from_pretrained(
+        path, size={"shortest_edge": config.model.min_pixels, "longest_edge": config.model.max_pixels}
+    )
+    if torch.cuda.is_available():
+        model = model.cuda()
+    return model, processor
+
+
+def _train(
+    folder: RunFolder,
+    stage: str,
+    model: PreTrainedModel,
+    processor: Any,
+    records: Sequence[Record],
+    settings: TrainConfig,
+    progress: Update,
+    output: Path | None = None,
+    teacher_model: PreTrainedModel | None = None,
+) -> float:
+    if folder.config.model.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    job = Job(
+        stage=stage,
+        output=output or folder.teacher,
+        log=MetricsLog(folder.path / "metrics.jsonl"),
+        records=records,
+        data_root=data_root(folder.config.data),
+        seed=folder.config.seed,
+        progress=progress,
+    )
+    return train(job, model, processor, settings, teacher_model)
+
+
+def _answer(
+    folder: RunFolder,
+    model: PreTrainedModel,
+    processor: Any,
+    records: Sequence[Record],
+    output: Path,
+    progress: Update,
+    beams: int = 1,
+    samples: int = 1,
+    scorer: Any = None,
+    selection: str = "beam",
+) -> list[dict[str, Any]]:
+    """Answers of a model to records, as prediction rows in the records' order."""
+    config = folder.config.generate
+    generate.answer_records(
+        model.eval(),
+        processor,
+        records,
+        data_root(folder.config.data),
+        output,
+        beams=beams,
+        samples=samples,
+        max_new_tokens=config.max_new_tokens,
+        length_penalty=config.length_penalty,
+        batch_size=config.batch_size,
+        scorer=scorer,
+        selection=selection,
+        mix=config.mix,
+        progress=progress,
+    )
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
