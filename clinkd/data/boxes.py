@@ -16,14 +16,15 @@ Box = tuple[int, int, int, int]  # x1, y1, x2, y2: integers 0…1000 relative to
 Convention = Literal["qwen2", "box", "qwen2.5", "qwen3"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
+# at most nine digits, so that no number overflows and a hostile text takes linear time
+_NUMBER = r"(-?[0-9]{1,9}(?:\.[0-9]{1,9})?)"
 _PAIRS = rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)\s*,\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
 _PATTERNS: dict[str, re.Pattern[str]] = {
-    "qwen2": re.compile(rf"<\|box_start\|>\s*{_PAIRS}\s*<\|box_end\|>"),
+    "qwen2": re.compile(rf"<\|?box_start\|?>\s*{_PAIRS}\s*<\|?box_end\|?>"),
     "box": re.compile(rf"<box>\s*{_PAIRS}\s*</box>"),
     "json": re.compile(
-        rf'\{{[^{{}}]*"bbox_2d"\s*:\s*\[\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\]'
-        r"[^{}]*\}"
+        r'\{[^{}]*"bbox_2d"\s*:\s*\['
+        rf"\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\][^{{}}]*\}}"
     ),
     "plain": re.compile(_PAIRS),
 }
@@ -61,9 +62,9 @@ def format_boxes(
         if size is None:
             raise ValueError("convention 'qwen2.5' writes pixels: size (width, height) is needed")
         scale_x, scale_y = size[0] / 1000, size[1] / 1000
+    scaled = ((x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y) for x1, y1, x2, y2 in boxes)
     return "".join(
-        f'{{"bbox_2d": [{x1 * scale_x:.0f}, {y1 * scale_y:.0f}, {x2 * scale_x:.0f}, {y2 * scale_y:.0f}]}}'
-        for x1, y1, x2, y2 in boxes
+        f'{{"bbox_2d": [{x1:.0f}, {y1:.0f}, {x2:.0f}, {y2:.0f}]}}' for x1, y1, x2, y2 in scaled
     )
 
 

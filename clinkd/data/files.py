@@ -1,5 +1,6 @@
 """Atomic writes: a reader sees the old file or the new one, never half of one."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,27 +10,73 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from clinkd.errors import SetupError
+
+_CAUSES = {
+    errno.ENOSPC: "no space left on the disk; free some and start again",
+    errno.EDQUOT: "the disk quota is used up; free some space and start again",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EFBIG: "the file is larger than this file system or user may write",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.EEXIST: "a part of its path is a file, not a folder",
+    errno.EISDIR: "it is a folder",
+    errno.ENAMETOOLONG: "its name is too long",
+}
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success flush it to disk and rename it over `path`.
 
+    Whatever goes wrong, `path` keeps its old contents and the temporary file is removed.
+
     Args:
         path: the file to write; missing parent folders are made.
         mode: "w" (UTF-8 text) or "wb".
+
+    Raises:
+        SetupError: it cannot be written: no space, no permission, a folder in its place.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp")
+    with _named_causes(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def _named_causes(path: Path, temporary: Path) -> Iterator[None]:
+    """Turn what the system says about writing `path` into a SetupError; leave all else alone."""
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        ours = {path, temporary, *path.parents}
+        if error.errno not in _CAUSES or (error.filename and Path(error.filename) not in ours):
+            raise  # of another file that the caller had open meanwhile
+        raise SetupError(f"{path} cannot be written: {_CAUSES[error.errno]}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename outlast a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -1,13 +1,38 @@
-"""Reading images safely: inside the data root, whole, and not too large."""
+"""Reading images safely: inside the data root, whole, and not too large.
+
+`load_image` is the one entrance. A name is a path relative to the data root; slices of medical
+files are named behind a `#`: `scan.dcm#3`, `volume.nii.gz#axis=2,index=30` (`clinkd.data.medical`).
+"""
 
 import os
+import stat
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clinkd.errors import DataError
 
 MAX_PIXELS = 64 << 20  # decoded pixels of one image; a larger one is refused, not decoded
+# no formats that start other programs or read other files, as EPS does
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "JPEG2000")
+MEDICAL_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz")
+_ORIENTATION = 0x0112  # EXIF tag; 5…8 exchange width and height
+_UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+    OSError,
+    SyntaxError,
+    ValueError,
+)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The file of an image's name, and what stands behind `#`: only medical files have that."""
+    path, mark, selection = name.rpartition("#")
+    if mark and path.lower().endswith(MEDICAL_SUFFIXES):
+        return path, selection
+    return name, ""
 
 
 def resolve_image(root: str | os.PathLike[str], name: str) -> Path:
@@ -16,28 +41,114 @@ def resolve_image(root: str | os.PathLike[str], name: str) -> Path:
     Raises:
         DataError: an absolute path, one that leads out of the root (`..`, links), a missing file.
     """
-    base = Path(root).resolve()
-    path = (base / name).resolve()
-    if Path(name).is_absolute() or not path.is_relative_to(base):
-        raise DataError(f"image {name!r} lies outside the data root {base}")
-    if not path.is_file():
-        raise DataError(f"image {name!r} does not exist under {base}")
+    relative, _ = split_name(name)
+    try:
+        base = Path(root).resolve()
+        path = (base / relative).resolve()
+        if Path(relative).is_absolute() or not path.is_relative_to(base):
+            raise DataError(f"image {name!r} lies outside the data root {base}")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"image {name!r} is not a file under {base}")
+    except FileNotFoundError:
+        raise DataError(f"image {name!r} does not exist under {base}") from None
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, a ring of links
+        raise DataError(f"image {name!r} cannot be reached under {root}: {error}") from None
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"image {name!r} is no path: {error}") from None
     return path
 
 
 def load_image(root: str | os.PathLike[str], name: str) -> Image.Image:
-    """Open and decode an image as RGB.
+    """Open and decode an image as RGB, turned upright as its EXIF note says.
+
+    Grey images of more than 8 bits are stretched from their least to their largest value, see
+    `to_rgb`; transparent pixels become white.
+
+    Args:
+        root: the data root.
+        name: path relative to it; for medical files with a selection of the slice behind `#`.
 
     Raises:
         DataError: outside the root, missing, too large, truncated, or no image.
+        SetupError: a DICOM or NIfTI file, and the packages of the extra `medical` are missing.
     """
     path = resolve_image(root, name)
+    if is_medical(path):
+        from clinkd.data import medical  # here: pydicom and nibabel are an extra
+
+        return medical.load(path, name, MAX_PIXELS)
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"image {name!r} has {image.width} × {image.height} pixels, over {MAX_PIXELS}"
-                )
-            return image.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+        with Image.open(path, formats=FORMATS) as image:
+            _check_pixels(name, *image.size)
+            return to_rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    except _UNREADABLE as error:
         raise DataError(f"image {name!r} cannot be decoded (truncated?): {error}") from None
+
+
+def image_size(root: str | os.PathLike[str], name: str) -> tuple[int, int]:
+    """Width and height of what `load_image` would return, read from the file's header alone.
+
+    Raises:
+        DataError, SetupError: as `load_image`, but damage behind the header goes unseen.
+    """
+    path = resolve_image(root, name)
+    if is_medical(path):
+        from clinkd.data import medical
+
+        return medical.size(path, name, MAX_PIXELS)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            _check_pixels(name, *image.size)
+            width, height = image.size
+            turned = image.format in ("JPEG", "TIFF", "WEBP") or "exif" in image.info
+            if turned and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8):
+                return height, width
+            return width, height
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(f"image {name!r} has no readable header: {error}") from None
+
+
+def is_medical(path: Path) -> bool:
+    """Whether a file is DICOM or NIfTI: by its name, or by the mark that DICOM files carry."""
+    lower = path.name.lower()
+    if lower.endswith(MEDICAL_SUFFIXES):
+        return True
+    if "." in lower:
+        return False
+    with open(path, "rb") as file:  # PACS exports often have no suffix
+        return file.read(132)[128:] == b"DICM"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB. PIL alone would clip 16-bit grey at 255 and show what transparency hides."""
+    if image.mode == "1" or image.mode.startswith(("I", "F")):
+        if image.mode == "1":
+            return image.convert("RGB")
+        return stretch(image).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def stretch(image: Image.Image) -> Image.Image:
+    """A grey image of many bits as 8-bit grey, from its least value (0) to its largest (255)."""
+    import numpy as np
+
+    values = np.asarray(image, dtype=np.float64)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    scaled = (np.where(finite, values, low) - low) * (255.0 / (high - low) if high > low else 0.0)
+    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def _check_pixels(name: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DataError(f"image {name!r} has {width} × {height} pixels, over {MAX_PIXELS}")
