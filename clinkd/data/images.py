@@ -76,9 +76,9 @@ def load_image(root: str | os.PathLike[str], name: str) -> Image.Image:
     """
     path = resolve_image(root, name)
     if is_medical(path):
-        from clinkd.data import medical  # here: pydicom and nibabel are an extra
+        from clinkd.data.medical import load_slice  # here: pydicom and nibabel are an extra
 
-        return medical.load(path, name, MAX_PIXELS)
+        return load_slice(path, name, MAX_PIXELS)
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check_pixels(name, *image.size)
@@ -97,9 +97,9 @@ def image_size(root: str | os.PathLike[str], name: str) -> tuple[int, int]:
     """
     path = resolve_image(root, name)
     if is_medical(path):
-        from clinkd.data import medical
+        from clinkd.data.medical import slice_size
 
-        return medical.size(path, name, MAX_PIXELS)
+        return slice_size(path, name, MAX_PIXELS)
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check_pixels(name, *image.size)
