@@ -1,0 +1,6 @@
+"""Fused ops for training and answering with vision-language models."""
+
+from clinkd.ops.kd_loss import KDLoss, kd_loss
+from clinkd.ops.linear_kd_loss import linear_kd_loss
+
+__all__ = ["KDLoss", "kd_loss", "linear_kd_loss"]

@@ -1,0 +1,167 @@
+"""The distillation loss from hidden states: only a chunk of the logits exists at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clinkd.ops._checks import check_float, check_labels, check_options
+from clinkd.ops.kd_loss import KDLoss, default_num_items
+from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
+
+WORKSPACE_BYTES = 512 << 20  # of logits at a time, student's and teacher's together
+LEAST_ROWS = 256  # fewer rows a chunk would only reread the weights
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    *,
+    kd_weight: float = 0.5,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    num_items: Tensor | int | None = None,
+    softcap: float | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    workspace: int | str = "auto",
+) -> KDLoss:
+    """`kd_loss` of `hidden @ weight.T + bias`, in row chunks; ignored rows are dropped first.
+
+    Args:
+        student_hidden: [N, Cs], gets a gradient, as do `student_weight` and `student_bias`.
+        student_weight: [Vs, Cs], the output head.
+        teacher_hidden: [N, Ct].
+        teacher_weight: [Vt, Ct].
+        labels: [N] int64, already shifted.
+        student_bias: [Vs].
+        teacher_bias: [Vt].
+        workspace: bytes that the logits of a chunk may take, or "auto" (512 MB, at least 256 rows).
+
+    The other arguments are those of `kd_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+    """
+    rows = student_hidden.shape[0]
+    for name, hidden, head in (
+        ("student", student_hidden, student_weight),
+        ("teacher", teacher_hidden, teacher_weight),
+    ):
+        check_float(f"{name}_hidden", hidden, 2, "[N, C]")
+        check_float(f"{name}_weight", head, 2, "[V, C]")
+        if hidden.shape[1] != head.shape[1]:
+            raise ValueError(
+                f"{name}_weight must be [V, C] with C = {hidden.shape[1]} as in {name}_hidden, "
+                f"got shape {tuple(head.shape)}"
+            )
+    if teacher_hidden.shape[0] != rows:
+        raise ValueError(
+            f"teacher_hidden must have N = {rows} rows, got shape {tuple(teacher_hidden.shape)}"
+        )
+    check_labels(labels, rows)
+    check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
+    count = default_num_items(labels, ignore_index) if num_items is None else num_items
+    kept = (labels != ignore_index).nonzero().squeeze(1)
+    options = {
+        "temperature": temperature,
+        "divergence": divergence,
+        "beta": beta,
+        "skew": skew,
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+    }
+    loss, parts = _LinearKDLoss.apply(
+        student_hidden[kept],
+        student_weight,
+        student_bias,
+        teacher_hidden.detach()[kept],
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        labels[kept],
+        None if weight is None else weight[kept],
+        kd_weight,
+        options,
+        _chunk_rows(workspace, student_weight, teacher_weight),
+    )
+    parts = parts.detach() / count
+    return KDLoss(loss / count, parts[0], parts[1])
+
+
+def _chunk_rows(workspace: int | str, student_weight: Tensor, teacher_weight: Tensor) -> int:
+    columns = student_weight.shape[0] + teacher_weight.shape[0]
+    if workspace == "auto":
+        return max(LEAST_ROWS, WORKSPACE_BYTES // (4 * columns))
+    if not isinstance(workspace, int) or workspace <= 0:
+        raise ValueError(f"workspace must be a number of bytes above 0 or 'auto', got {workspace!r}")
+    return max(1, workspace // (4 * columns))
+
+
+class _LinearKDLoss(torch.autograd.Function):
+    """Gradients are made in the forward pass, chunk by chunk, and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+        labels: Tensor,
+        weight: Tensor | None,
+        kd_weight: float,
+        options: dict[str, Any],
+        chunk_rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        needs = ctx.needs_input_grad[:3]
+        compute = torch.promote_types(student_hidden.dtype, torch.float32)
+        inputs = (student_hidden, student_weight, student_bias)
+        grads = [
+            torch.zeros_like(tensor, dtype=compute) if need and tensor is not None else None
+            for tensor, need in zip(inputs, needs, strict=True)
+        ]
+        parts = student_hidden.new_zeros(2, dtype=compute)  # sums of CE and KD
+        for start in range(0, student_hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            hidden = student_hidden[rows]
+            logits = torch.nn.functional.linear(hidden, student_weight, student_bias)
+            target = torch.nn.functional.linear(teacher_hidden[rows], teacher_weight, teacher_bias)
+            with torch.set_grad_enabled(any(needs)):
+                logits = logits.detach().requires_grad_(any(needs))
+                ce, kd = kd_loss_rows(logits, target, labels[rows], **options)
+                if weight is not None:
+                    ce, kd = ce * weight[rows], kd * weight[rows]
+                loss = (ce.sum() + kd_weight * kd.sum()) / (1 + kd_weight)
+            parts += torch.stack([ce.detach().sum(), kd.detach().sum()])
+            if not any(needs):
+                continue
+            (grad,) = torch.autograd.grad(loss, logits)
+            if grads[0] is not None:
+                grads[0][rows] = grad @ student_weight
+            if grads[1] is not None:
+                grads[1] += (grad.T @ hidden).to(compute)
+            if grads[2] is not None:
+                grads[2] += grad.sum(dim=0)
+        ctx.save_for_backward(*(g for g in grads if g is not None))
+        ctx.present = [g is not None for g in grads]
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
+        return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = [
+            (next(saved) * grad_loss).to(dtype) if present else None
+            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
+        ]
+        return (*grads, *([None] * 8))

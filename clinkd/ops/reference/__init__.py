@@ -1,0 +1,1 @@
+"""The readable truth: every op in plain torch, float64 included, no branch for speed."""

@@ -1,0 +1,104 @@
+"""The run folder keeps one run's files, and nobody else's."""
+
+import os
+
+import pytest
+
+from clinkd.config import check
+from clinkd.errors import ClinkdError, ConfigError, DataError, SetupError
+from clinkd.pipeline.folder import STAGES, RunFolder, fingerprints
+
+
+def config(tmp_path, **tree):
+    return check({"output": str(tmp_path / "run"), **tree})
+
+
+def test_goes_on_in_its_own_folder(tmp_path):
+    folder = RunFolder.open(config(tmp_path))
+    folder.note("prepare", status="done", summary="x")
+    folder.close()
+    again = RunFolder.open(config(tmp_path))
+    assert again.book()["stages"]["prepare"]["summary"] == "x"
+    again.close()
+
+
+def test_refuses_a_folder_of_another_config(tmp_path):
+    RunFolder.open(config(tmp_path)).close()
+    with pytest.raises(ConfigError, match=r"different: distill\.epochs, seed\. Choose another"):
+        RunFolder.open(config(tmp_path, seed=1, distill={"epochs": 9}))
+    RunFolder.open(config(tmp_path, seed=1), update=True).close()
+    RunFolder.open(config(tmp_path, seed=1)).close()  # it is the folder's own now
+
+
+def test_refuses_a_folder_with_other_things_in_it(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        RunFolder.open(config(tmp_path))
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_one_process_at_a_time(tmp_path):
+    first = RunFolder.open(config(tmp_path))
+    with pytest.raises(SetupError, match="another process"):
+        RunFolder.open(config(tmp_path))
+    first.close()
+    RunFolder.open(config(tmp_path)).close()
+
+
+def test_unwritable(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match="cannot be written.*choose another"):
+        RunFolder.open(check({"output": str(tmp_path / "file" / "run")}))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_damaged_book(tmp_path):
+    folder = RunFolder.open(config(tmp_path))
+    (folder.path / "run.json").write_text('{"stages": {')
+    with pytest.raises(DataError, match="damaged"):
+        folder.book()
+
+
+def test_require_names_the_command(tmp_path):
+    folder = RunFolder.open(config(tmp_path))
+    with pytest.raises(ClinkdError, match="clinkd teacher CONFIG"):
+        folder.require("teacher")
+    folder.note("teacher", status="running")
+    with pytest.raises(ClinkdError):
+        folder.require("teacher")
+    folder.note("teacher", status="done")
+    folder.require("teacher")
+
+
+def test_clear_removes_the_stage_alone(tmp_path):
+    folder = RunFolder.open(config(tmp_path))
+    for name in ("student/base", "student/distilled", "student/round-1", "correction/round-1"):
+        (folder.path / name).mkdir(parents=True)
+    folder.clear("correct")
+    left = sorted(str(p.relative_to(folder.path)) for p in folder.path.rglob("*") if p.is_dir())
+    assert left == ["student", "student/base", "student/distilled"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "first_changed"),
+    [
+        ({"seed": 1}, "prepare"),
+        ({"model": {"positions": {"preset": "gap2"}}}, "prepare"),
+        ({"teacher": {"epochs": 7}}, "teacher"),
+        ({"distill": {"kd_weight": 0.1}}, "distill"),
+        ({"correct": {"threshold": 0.7}}, "correct"),
+        ({"generate": {"num_beams": 4}}, "generate"),
+        ({"evaluate": {"protocol": "strict"}}, "evaluate"),
+    ],
+)
+def test_a_change_concerns_its_stage_and_those_after_it(tree, first_changed):
+    inputs = {"train": "a", "test": "b"}
+    before, after = fingerprints(check({}), inputs), fingerprints(check(tree), inputs)
+    changed = [stage for stage in STAGES if before[stage] != after[stage]]
+    assert changed == list(STAGES[STAGES.index(first_changed) :])
+
+
+def test_other_input_files_concern_everything():
+    one, two = ({"train": name, "test": "b"} for name in "ac")
+    assert fingerprints(check({}), one)["prepare"] != fingerprints(check({}), two)["prepare"]

@@ -1,0 +1,116 @@
+"""A config names what is wrong with it, and what would be right."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clinkd.config import RunConfig, check, dump, load
+from clinkd.errors import ConfigError
+from clinkd.recipes import recipe, recipes, summary
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown key 'distill.kd_wieght'; did you mean 'kd_weight'"):
+        check({"distill": {"kd_wieght": 0.5}})
+
+
+def test_unknown_section_lists_what_is_known():
+    with pytest.raises(ConfigError, match=r"unknown key 'teachr'; did you mean 'teacher'.*distill"):
+        check({"teachr": {}})
+
+
+def test_wrong_value_names_key_value_and_nearest():
+    with pytest.raises(ConfigError, match=r"model.positions.preset:.*did you mean 'paper'\?, got 'papr'"):
+        check({"model": {"positions": {"preset": "papr"}}})
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"seed": -1}, "seed: .*greater than or equal to 0, got -1"),
+        ({"distill": {"temperature": 0}}, "distill.temperature: .*greater than 0, got 0"),
+        ({"generate": {"num_beams": 2, "num_samples": 3}}, "num_samples must be at most num_beams"),
+        ({"data": {"teacher_fraction": 1.5}}, "data.teacher_fraction: .*got 1.5"),
+    ],
+)
+def test_out_of_range(tree, message):
+    with pytest.raises(ConfigError, match=message):
+        check(tree)
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(ConfigError) as error:
+        check({"sed": 1, "distill": {"temperature": -1}})
+    assert "'sed'" in str(error.value)
+    assert "distill.temperature" in str(error.value)
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("distill: {epochs: 3}\n")
+    config = load(path, ["distill.kd_weight=0.25", "model.positions.pos_scale=[1, 1]", "output=x=y"])
+    assert config.distill.epochs == 3
+    assert config.distill.kd_weight == 0.25
+    assert config.model.positions.pos_scale == (1.0, 1.0)
+    assert config.output == "x=y"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("seed", "must be written key=value"), ("seed.x=1", "is a value, not a section")],
+)
+def test_bad_overrides(tmp_path, override, message):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match=message):
+        load(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- 1", "must hold keys and values"), ("!!python/name:os.system ''", "not valid YAML")],
+)
+def test_broken_files(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / "none.yaml")
+
+
+def test_dump_reads_back():
+    config = check({"seed": 3, "model": {"positions": {"preset": "gap2"}}})
+    assert RunConfig.model_validate(yaml.safe_load(dump(config))) == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_are_sound_and_begin_with_their_command(path):
+    load(path)
+    lines = path.read_text().splitlines()
+    assert summary(path).endswith((".", "?"))
+    assert any("clinkd" in line for line in lines[1:5])
+    assert recipe(path.stem).name == path.name
+
+
+def test_paper_settings():
+    for name in ("qwen2vl-2b-a100x6", "qwen2vl-7b-a100x6"):
+        config = load(recipe(name))
+        assert config.distill.kd_weight == 0.5
+        assert config.distill.epochs == 2
+        assert config.correct.rounds * config.correct.epochs == 2
+        assert config.distill.learning_rate == 2e-5
+        assert (config.generate.num_beams, config.generate.num_samples) == (3, 3)
+        assert config.data.teacher_fraction == 0.111
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+        recipe("deno")
+    assert {"demo", "demo-quick", "published-code"} <= set(recipes())
