@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
@@ -78,7 +79,9 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
     models: Mapping[str, Any] = metrics.get("models") or {}
     baselines: Mapping[str, Any] = metrics.get("baselines") or {}
     tasks = _tasks([*models.values(), *baselines.values()])
-    table = Table(title="Score on the test split (0 to 100)", title_justify="left")
+    table = Table(
+        title="Score on the test split (0 to 100)", title_justify="left", box=SIMPLE_HEAD
+    )
     table.add_column("")
     for task, metric in tasks.items():
         table.add_column(Text(f"{task}\n{metric}"), justify="right", no_wrap=True)

@@ -1,0 +1,200 @@
+"""Builds report.html from a run folder: one page, nothing fetched, everything escaped."""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import ValidationError
+
+from clinkd.data.files import write_text
+from clinkd.errors import SetupError
+from clinkd.report import corrections, gallery, scores
+from clinkd.report.read import Run, read_run
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def build_report(run_dir: Path, data_root: Path | None = None) -> Path:
+    """Write `run_dir`/report.html from what the run folder holds; the page is replaced whole.
+
+    A run that was stopped early gives a page that says what is missing.
+
+    Args:
+        data_root: folder that image paths are relative to; default: what config.yaml says.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        DataError: `run_dir` does not exist.
+        SetupError: the page cannot be written.
+    """
+    run_dir = Path(run_dir)
+    run = read_run(run_dir)
+    page = render(run, Path(data_root) if data_root is not None else _data_root(run))
+    path = run_dir / "report.html"
+    try:
+        write_text(path, page)
+    except OSError as error:
+        raise SetupError(f"{path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def _data_root(run: Run) -> Path | None:
+    """Where config.yaml says the images lie; None, with a notice, where it does not."""
+    from clinkd.config import DataConfig
+    from clinkd.pipeline.paths import data_root
+
+    try:
+        return data_root(DataConfig.model_validate(run.config.get("data", {})))
+    except ValidationError:
+        run.notices.append("config.yaml does not say where the images lie: no pictures.")
+        return None
+
+
+def render(run: Run, data_root: Path | None) -> str:
+    """The page as HTML; the same run gives the same text."""
+    chosen = gallery.choose(run.predictions)
+    names = [name for row, _ in chosen for name in gallery.image_names(row)]
+    for rows in run.corrections.values():
+        for row in corrections.examples(rows):
+            names += gallery.image_names(row)[:1]
+    pictures = gallery.Pictures(data_root, names)
+    if pictures.missing:
+        run.notices.append(f"{len(pictures.missing)} pictures could not be read.")
+    cards = gallery.cards(chosen, pictures)
+    found = scores.results(run.metrics)
+    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            style=Markup(style),
+            script=Markup(script),
+            policy=content_policy(style, script),
+            run=run,
+            about=_about(run),
+            found=found,
+            tiles=scores.task_tiles(found) if found else [],
+            panels=scores.modality_panels(found) if found else [],
+            extras=scores.extras_table(found) if found else [],
+            selection=scores.selection(run.predictions),
+            losses=scores.loss_panels(run),
+            cards=cards,
+            filters=_filters(cards),
+            answered=len(run.predictions),
+            rounds=corrections.rounds(run.corrections, pictures),
+            stages=scores.stage_rows(run),
+            settings=settings_table(run.config),
+            difference=scores.difference,
+        )
+    )
+
+
+def content_policy(style: str, script: str) -> str:
+    """Content-Security-Policy: this style and this script, pictures in the page, nothing else."""
+    return (
+        f"default-src 'none'; img-src data:; style-src {_digest(style)}; "
+        f"script-src {_digest(script)}; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"score": _score, "signed": _signed, "whole": _whole}
+    return environment
+
+
+def _score(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None) -> str:
+    """With a sign, and a real minus."""
+    return "–" if value is None else f"{value:+.1f}".replace("-", "−")
+
+
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}".replace(",", " ")
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """What was run, in the words of the headline."""
+    model = run.config.get("model")
+    student = str(model.get("student") or "") if isinstance(model, Mapping) else ""
+    starts = [str(entry.get("started") or "") for entry in run.stages.values()]
+    machine, versions = run.book.get("machine"), run.book.get("versions")
+    modalities = {str(row.get("modality")) for row in run.predictions}
+    return {
+        "student": "the embedded demo model" if student == "demo" else student or "unknown model",
+        "data": str(run.book.get("data") or ""),
+        "started": min((s for s in starts if s), default=""),
+        "clinkd": str(run.book.get("clinkd") or ""),
+        "seed": run.book.get("seed"),
+        "modalities": len(modalities),
+        "machine": _facts(machine),
+        "versions": _facts(versions),
+    }
+
+
+def _facts(value: Any) -> list[tuple[str, str]]:
+    items = value.items() if isinstance(value, Mapping) else ()
+    return [(str(key).replace("_", " "), str(fact)) for key, fact in items]
+
+
+def _filters(cards: list[dict[str, Any]]) -> list[tuple[str, str, list[str]]]:
+    """(attribute, label, values in the order shown) of the gallery's filter buttons."""
+    order = [*scores.TASK_TITLES]
+    return [
+        ("task", "Task", sorted({c["task"] for c in cards}, key=order.index)),
+        ("modality", "Modality", sorted({c["modality"] for c in cards})),
+        (
+            "verdict",
+            "Answer",
+            [v for v in ("right", "partly", "wrong") if any(c["verdict"] == v for c in cards)],
+        ),
+    ]
+
+
+def settings_table(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Sections of config.yaml with their keys in dots; values that stand alone come first."""
+    alone = [(str(k), _value(v)) for k, v in config.items() if not isinstance(v, Mapping)]
+    sections = [("run", alone)] if alone else []
+    for name, section in config.items():
+        if isinstance(section, Mapping):
+            sections.append((str(name), _flat(section, "")))
+    return sections
+
+
+def _flat(section: Mapping[str, Any], before: str) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{before}{key}.")
+        else:
+            rows.append((f"{before}{key}", _value(value)))
+    return rows
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

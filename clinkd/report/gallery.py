@@ -1,0 +1,178 @@
+"""Cards of test images: true and predicted boxes, every candidate, right and wrong answers."""
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from clinkd.data.boxes import parse_boxes
+from clinkd.data.images import load_image
+from clinkd.data.records import TASKS
+from clinkd.errors import DataError
+from clinkd.report.judge import as_boxes, judge
+from clinkd.report.read import Row
+from clinkd.report.scores import first_beam, number
+from clinkd.report.text import pieces
+
+CARDS_PER_TASK = 12
+MOST_PICTURE_BYTES = 4 << 20  # of all pictures together, as text; the page stays under 6 MB
+_ENCODINGS = ((384, 82), (288, 74), (200, 64), (128, 55))  # longest side in pixels, JPEG quality
+_VERDICTS = ("right", "wrong", "partly")
+
+
+class Pictures:
+    """Small JPEG copies of images as data URIs, each image read once.
+
+    Args:
+        root: the data root; None where it is unknown: every picture is then missing.
+        names: all images that will be asked for, so that they can share the space.
+    """
+
+    def __init__(self, root: Path | None, names: Sequence[str]) -> None:
+        self.missing: dict[str, str] = {}
+        originals: dict[str, Image.Image] = {}
+        for name in dict.fromkeys(names):
+            if root is None:
+                self.missing[name] = "the folder of the images is not known"
+                continue
+            try:
+                image = load_image(root, name)
+            except DataError as error:
+                self.missing[name] = str(error).replace(str(root.resolve()), "the data root")
+                continue
+            image.thumbnail((_ENCODINGS[0][0],) * 2, Image.Resampling.LANCZOS)
+            originals[name] = image
+        self._pictures: dict[str, Row] = {}
+        for side, quality in _ENCODINGS:
+            self._pictures = {n: _encode(i, side, quality) for n, i in originals.items()}
+            if sum(len(p["uri"]) for p in self._pictures.values()) <= MOST_PICTURE_BYTES:
+                break
+
+    def get(self, name: str) -> Row:
+        """`uri`, `width`, `height`, or `missing`: why there is no picture."""
+        picture = self._pictures.get(name)
+        return picture or {"uri": None, "missing": self.missing.get(name, "not read")}
+
+
+def _encode(image: Image.Image, side: int, quality: int) -> Row:
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=quality, optimize=True)
+    text = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"uri": f"data:image/jpeg;base64,{text}", "width": small.width, "height": small.height}
+
+
+def choose(predictions: Sequence[Row], per_task: int = CARDS_PER_TASK) -> list[tuple[Row, Row]]:
+    """Test questions worth a look: of each task, modality and verdict in turn; (line, judgement).
+
+    The choice depends on the file's order alone.
+    """
+    chosen: list[tuple[Row, Row]] = []
+    for task in TASKS:
+        bins: dict[str, dict[str, list[tuple[Row, Row]]]] = defaultdict(lambda: defaultdict(list))
+        for row in predictions:
+            if str(row.get("task")) == task:
+                judged = judged_line(row)
+                bins[str(row.get("modality") or "unknown")][judged["verdict"]].append((row, judged))
+        taken = 0
+        for turn in count():
+            if taken >= per_task or not bins:
+                break
+            for index, modality in enumerate(sorted(bins)):
+                verdicts = [v for v in _VERDICTS if bins[modality][v]]
+                if taken < per_task and verdicts:
+                    verdict = verdicts[(turn + index) % len(verdicts)]
+                    chosen.append(bins[modality][verdict].pop(0))
+                    taken += 1
+            bins = {m: b for m, b in bins.items() if any(b.values())}
+    return chosen
+
+
+def judged_line(row: Row) -> Row:
+    """The verdict on a prediction's response; a question without an answer counts as wrong."""
+    text = str(row.get("response") or "")
+    result = judge(
+        str(row.get("task")), text, str(row.get("annotation") or ""), as_boxes(row.get("boxes"))
+    )
+    return {"verdict": result.verdict, "value": result.value, "measure": result.measure}
+
+
+def image_names(row: Row) -> list[str]:
+    """The images of a line, one or several."""
+    image = row.get("image", row.get("images"))
+    names = image if isinstance(image, list) else [image]
+    return [name for name in names if isinstance(name, str) and name]
+
+
+def cards(chosen: Sequence[tuple[Row, Row]], pictures: Pictures) -> list[Row]:
+    """What the template draws, one entry a question."""
+    return [_card(index, row, judged, pictures) for index, (row, judged) in enumerate(chosen)]
+
+
+def _card(index: int, row: Row, judged: Row, pictures: Pictures) -> Row:
+    task = str(row.get("task"))
+    true = as_boxes(row.get("boxes"))
+    truth = str(row.get("annotation") or "")
+    candidates = [c for c in row.get("candidates") or [] if isinstance(c, dict)]
+    selected = row.get("selected")
+    first = first_beam(candidates) if candidates else None
+    shown = [
+        _candidate(position, candidate, task, truth, true, position == selected, position == first)
+        for position, candidate in enumerate(candidates)
+    ]
+    names = image_names(row)
+    predicted = parse_boxes(str(row.get("response") or ""))
+    return {
+        "number": index,
+        "id": str(row.get("id") or ""),
+        "task": task,
+        "modality": str(row.get("modality") or "unknown"),
+        "question": pieces(str(row.get("question") or "")),
+        "truth": pieces(truth),
+        "response": pieces(str(row.get("response") or "")),
+        "error": row.get("error"),
+        "images": [{"name": name} | pictures.get(name) for name in names],
+        "true_boxes": [rectangle(box) for box in true],
+        "predicted_boxes": [rectangle(box) for box in predicted],
+        "candidates": shown,
+        "selection": str(row.get("selection") or ""),
+        "changed": first is not None and isinstance(selected, int) and selected != first,
+        **judged,
+    }
+
+
+def _candidate(
+    position: int,
+    candidate: Row,
+    task: str,
+    truth: str,
+    true: list[tuple[float, float, float, float]],
+    chosen: bool,
+    first: bool,
+) -> Row:
+    text = str(candidate.get("text") or "")
+    result = judge(task, text, truth, true)
+    return {
+        "position": position,
+        "text": pieces(text),
+        "boxes": [rectangle(box) for box in parse_boxes(text)],
+        "score": number(candidate.get("score")),
+        "clip": number(candidate.get("clip")),
+        "verdict": result.verdict,
+        "value": result.value,
+        "measure": result.measure,
+        "chosen": chosen,
+        "first": first,
+    }
+
+
+def rectangle(box: Sequence[float]) -> dict[str, Any]:
+    """A box (x1, y1, x2, y2) in 0…1000 as an SVG rectangle, cut to the image."""
+    x1, y1, x2, y2 = (min(max(c, 0.0), 1000.0) for c in box)
+    return {"x": f"{x1:g}", "y": f"{y1:g}", "width": f"{x2 - x1:g}", "height": f"{y2 - y1:g}"}

@@ -1,0 +1,301 @@
+"""What the page says in numbers: headline, table, modalities, selection, curves, stages."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clinkd.data.records import TASKS
+from clinkd.progress import format_seconds
+from clinkd.report import charts
+from clinkd.report.judge import RIGHT_IOU, as_boxes, judge
+from clinkd.report.read import Row, Run
+
+TASK_TITLES = {
+    "VG": "Visual grounding",
+    "ROC": "Referring object classification",
+    "RC": "Referring captioning",
+    "MIA": "Medical image analysis",
+}
+_FINAL = ("sasg", "corrected", "distilled", "teacher")  # the last of these that a run reached
+_CURVES = (("loss", "loss"), ("ce", "cross-entropy"), ("kd", "distillation (KD)"))
+
+
+def number(value: Any) -> float | None:
+    """A finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def results(metrics: Row) -> Row | None:
+    """Everything the table and the headline need; None where there are no scores."""
+    models = _models(metrics.get("models"))
+    baselines = _models(metrics.get("baselines"))
+    if not models:
+        return None
+    everyone = [*models.values(), *baselines.values()]
+    tasks = [t for t in TASKS if any(t in m["tasks"] for m in everyone)]
+    final = next((name for name in _FINAL if name in models), list(models)[-1])
+    for name, model in models.items():
+        model["final"] = name == final
+    return {
+        "models": models,
+        "baselines": baselines,
+        "tasks": tasks,
+        "final": models[final],
+        "base": models.get("base") if final != "base" else None,
+        "teacher": models.get("teacher") if final != "teacher" else None,
+        "metrics": {
+            t: next(m["tasks"][t]["metric"] for m in everyone if t in m["tasks"]) for t in tasks
+        },
+        "verdicts": [str(v) for v in metrics.get("verdicts") or []],
+        "protocol": str(metrics.get("protocol") or ""),
+    }
+
+
+def _models(value: Any) -> dict[str, Row]:
+    """Models of metrics.json with every number checked."""
+    found: dict[str, Row] = {}
+    for name, model in _object(value).items():
+        if not isinstance(model, dict):
+            continue
+        tasks = _object(model.get("tasks"))
+        found[str(name)] = {
+            "key": str(name),
+            "label": str(model.get("label") or name),
+            "average": number(model.get("average")),
+            "tasks": {t: _result(r) for t, r in tasks.items() if isinstance(r, dict)},
+            "final": False,
+        }
+    return found
+
+
+def _result(result: Row) -> Row:
+    interval = result.get("ci95")
+    bounds = [number(b) for b in interval] if isinstance(interval, list) else []
+    return {
+        "metric": str(result.get("metric") or "score"),
+        "score": number(result.get("score")),
+        "n": number(result.get("n")),
+        "ci95": bounds if len(bounds) == 2 and None not in bounds else None,
+        "modalities": {
+            str(m): {"score": number(r.get("score")), "n": number(r.get("n"))}
+            for m, r in _object(result.get("modalities")).items()
+            if isinstance(r, dict)
+        },
+        "extras": {str(k): v for k, v in _object(result.get("extras")).items()},
+    }
+
+
+def _object(value: Any) -> Row:
+    return value if isinstance(value, dict) else {}
+
+
+def task_tiles(found: Row) -> list[Row]:
+    """One tile a task: the final score among the others."""
+    tiles = []
+    for task in found["tasks"]:
+        own = found["final"]["tasks"].get(task, {})
+        marks = {
+            name: (found[name] or {}).get("tasks", {}).get(task, {}).get("score")
+            for name in ("base", "teacher")
+        }
+        baseline = best_baseline(found["baselines"], task)
+        marks["baseline"] = baseline[1] if baseline else None
+        score = own.get("score")
+        tiles.append(
+            {
+                "task": task,
+                "title": TASK_TITLES.get(task, task),
+                "metric": found["metrics"][task],
+                "score": score,
+                "n": own.get("n"),
+                "ci95": own.get("ci95"),
+                "gain": difference(score, marks["base"]),
+                "marks": marks,
+                "baseline": baseline,
+                "below": baseline is not None and score is not None and score <= baseline[1],
+                "strip": charts.range_strip(score, own.get("ci95"), marks),
+            }
+        )
+    return tiles
+
+
+def best_baseline(baselines: Mapping[str, Row], task: str) -> tuple[str, float] | None:
+    """(label, score) of the strongest trivial baseline of a task."""
+    scores = [
+        (model["label"], model["tasks"][task]["score"])
+        for model in baselines.values()
+        if model["tasks"].get(task, {}).get("score") is not None
+    ]
+    return max(scores, key=lambda pair: pair[1]) if scores else None
+
+
+def difference(a: float | None, b: float | None) -> float | None:
+    """a - b, or None where one is missing."""
+    return None if a is None or b is None else a - b
+
+
+def modality_panels(found: Row) -> list[Row]:
+    """One panel a task: a row per modality, most questions first."""
+    panels = []
+    for task in found["tasks"]:
+        own = found["final"]["tasks"].get(task, {}).get("modalities", {})
+        base = _modalities_of(found["base"], task)
+        baselines = [_modalities_of(model, task) for model in found["baselines"].values()]
+        rows = []
+        for modality, result in sorted(own.items(), key=lambda kv: (-(kv[1]["n"] or 0), kv[0])):
+            trivial = [b[modality]["score"] for b in baselines if modality in b]
+            trivial = [score for score in trivial if score is not None]
+            below = base.get(modality, {}).get("score")
+            marks = {"baseline": max(trivial) if trivial else None}
+            rows.append(
+                {
+                    "modality": modality,
+                    "n": result["n"],
+                    "score": result["score"],
+                    "base": below,
+                    "baseline": marks["baseline"],
+                    "bar": charts.bar(result["score"], "final", marks),
+                    "base_bar": charts.bar(below, "base"),
+                }
+            )
+        if rows:
+            title = TASK_TITLES.get(task, task)
+            panels.append(
+                {"task": task, "title": title, "metric": found["metrics"][task], "rows": rows}
+            )
+    return panels
+
+
+def _modalities_of(model: Row | None, task: str) -> Row:
+    return (model or {}).get("tasks", {}).get(task, {}).get("modalities", {})  # type: ignore[no-any-return]
+
+
+def extras_table(found: Row) -> list[Row]:
+    """(task, measure, value of each model): the secondary measures of metrics.json."""
+    rows = []
+    everyone = [*found["models"].values(), *found["baselines"].values()]
+    for task in found["tasks"]:
+        names: dict[str, None] = {}
+        for model in everyone:
+            names |= dict.fromkeys(model["tasks"].get(task, {}).get("extras", {}))
+        for name in names:
+            values = [
+                model["tasks"].get(task, {}).get("extras", {}).get(name) for model in everyone
+            ]
+            if any(number(v) is not None for v in values):
+                values = [number(v) for v in values]
+                rows.append({"task": task, "name": name.replace("_", " "), "cells": values})
+    return rows
+
+
+def selection(predictions: Sequence[Row]) -> list[Row]:
+    """Per task: the first beam, the chosen answer and the best candidate, on one scale 0…100.
+
+    VG counts IoU ≥ 0.5; the other tasks average token F1, since their metrics are corpus-wide.
+    """
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0, 0.0])
+    for row in predictions:
+        candidates = [c for c in row.get("candidates") or [] if isinstance(c, dict)]
+        chosen = row.get("selected")
+        if row.get("error") or not isinstance(chosen, int) or not 0 <= chosen < len(candidates):
+            continue
+        task, boxes = str(row.get("task")), as_boxes(row.get("boxes"))
+        truth = str(row.get("annotation") or "")
+        values = [judge(task, str(c.get("text") or ""), truth, boxes).value for c in candidates]
+        if task == "VG":
+            values = [float(v >= RIGHT_IOU) for v in values]
+        first = first_beam(candidates)
+        added = (1.0, values[first], values[chosen], max(values), float(first != chosen))
+        sums[task] = [a + b for a, b in zip(sums[task], added, strict=True)]
+    rows = []
+    for task in (t for t in TASKS if t in sums):
+        count, *totals, changed = sums[task]
+        first_score, chosen_score, oracle = (100 * total / count for total in totals)
+        rows.append(
+            {
+                "task": task,
+                "measure": "Recall@0.5" if task == "VG" else "token F1",
+                "n": count,
+                "first": first_score,
+                "chosen": chosen_score,
+                "oracle": oracle,
+                "gain": chosen_score - first_score,
+                "gap": oracle - chosen_score,
+                "changed": 100 * changed / count,
+                "bars": [
+                    charts.bar(v, k)
+                    for k, v in (
+                        ("first", first_score),
+                        ("final", chosen_score),
+                        ("oracle", oracle),
+                    )
+                ],
+            }
+        )
+    return rows
+
+
+def first_beam(candidates: Sequence[Row]) -> int:
+    """Index of the candidate with the best beam score; the first where scores are missing."""
+    scores = [number(candidate.get("score")) for candidate in candidates]
+    known = [(score, -index) for index, score in enumerate(scores) if score is not None]
+    return -max(known)[1] if known else 0
+
+
+def loss_panels(run: Run) -> list[Row]:
+    """One chart a stage, in the order the stages ran."""
+    stages: dict[str, list[Row]] = {}
+    for row in run.log:
+        if number(row.get("step")) is not None:
+            stages.setdefault(str(row.get("stage")), []).append(row)
+    panels = []
+    for stage, rows in stages.items():
+        rows.sort(key=lambda row: float(row["step"]))
+        curves = []
+        for key, label in _CURVES:
+            points = tuple(
+                (float(row["step"]), value)
+                for row in rows
+                if (value := number(row.get(key))) is not None
+            )
+            if points:
+                curves.append(charts.Curve(key, label, points))
+        if len(curves) == 2 and curves[0].points == curves[1].points:
+            curves = curves[:1]  # without distillation the loss is the cross-entropy
+        if curves:
+            panels.append(
+                {
+                    "stage": stage,
+                    "curves": curves,
+                    "steps": int(rows[-1]["step"]),
+                    "svg": charts.loss_chart(stage, curves),
+                }
+            )
+    return panels
+
+
+def stage_rows(run: Run) -> Row:
+    """Time and memory of each stage, and their sum and maximum."""
+    rows = []
+    seconds = [number(entry.get("seconds")) or 0.0 for entry in run.stages.values()]
+    peaks = [number(entry.get("peak_mib")) or 0.0 for entry in run.stages.values()]
+    for (name, entry), took, peak in zip(run.stages.items(), seconds, peaks, strict=True):
+        rows.append(
+            {
+                "name": name,
+                "status": str(entry.get("status") or "unknown"),
+                "summary": str(entry.get("summary") or ""),
+                "started": str(entry.get("started") or ""),
+                "took": format_seconds(took) if took else "–",
+                "peak": f"{peak:,.0f} MiB".replace(",", " ") if peak else "–",
+                "bar": charts.bar(100 * took / max(seconds) if max(seconds) else None, "final"),
+            }
+        )
+    total = {
+        "took": format_seconds(sum(seconds)),
+        "peak": f"{max(peaks, default=0.0):,.0f} MiB".replace(",", " "),
+    }
+    return {"rows": rows, "total": total}
