@@ -109,6 +109,38 @@ def parse_boxes(
     return []
 
 
+def find_boxes(text: str) -> list[tuple[float, float, float, float]]:
+    """The boxes of a text exactly as written, corners not put in order; 0…1000 is assumed."""
+    for name in ("qwen2", "box", "json", "plain"):
+        found = _PATTERNS[name].findall(text)
+        if found:
+            return [(float(a), float(b), float(c), float(d)) for a, b, c, d in found]
+    return []
+
+
+def to_box(corners: Sequence[float]) -> Box:
+    """Corners in 0…1000 as whole numbers; a side that rounds to nothing becomes 1 long.
+
+    Raises:
+        ValueError: a box outside the image (by more than rounding does), reversed or empty.
+    """
+    x1, y1, x2, y2 = corners
+    if min(corners) < -1 or max(corners) > 1001:
+        raise ValueError(f"a box outside the image (0…1000): {_plain(corners)}")
+    if x1 >= x2 or y1 >= y2:
+        raise ValueError(f"a box that is reversed or empty: {_plain(corners)}")
+    left, top, right, bottom = (min(max(int(c + 0.5), 0), 1000) for c in corners)
+    if left == right:
+        left, right = (left, right + 1) if right < 1000 else (left - 1, right)
+    if top == bottom:
+        top, bottom = (top, bottom + 1) if bottom < 1000 else (top - 1, bottom)
+    return left, top, right, bottom
+
+
+def _plain(corners: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{c:g}" for c in corners) + ")"
+
+
 def strip_boxes(text: str) -> str:
     """The text without boxes and box markup, spaces tidied: what a text encoder should judge."""
     for name in ("qwen2", "box", "json", "plain"):
