@@ -19,7 +19,7 @@ CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 # at most nine digits, so that no number overflows and a hostile text takes linear time
 _NUMBER = r"(-?[0-9]{1,9}(?:\.[0-9]{1,9})?)"
 _PAIRS = rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)\s*,\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
-_PATTERNS: dict[str, re.Pattern[str]] = {
+PATTERNS: dict[str, re.Pattern[str]] = {
     "qwen2": re.compile(rf"<\|?box_start\|?>\s*{_PAIRS}\s*<\|?box_end\|?>"),
     "box": re.compile(rf"<box>\s*{_PAIRS}\s*</box>"),
     "json": re.compile(
@@ -95,7 +95,7 @@ def parse_boxes(
             raise ValueError("convention 'qwen2.5' holds pixels: size (width, height) is needed")
         scale_x, scale_y = 1000 / size[0], 1000 / size[1]
     for name in names:
-        found = [tuple(float(n) for n in groups) for groups in _PATTERNS[name].findall(text)]
+        found = [tuple(float(n) for n in groups) for groups in PATTERNS[name].findall(text)]
         if found:
             return [
                 (
@@ -112,7 +112,7 @@ def parse_boxes(
 def find_boxes(text: str) -> list[tuple[float, float, float, float]]:
     """The boxes of a text exactly as written, corners not put in order; 0…1000 is assumed."""
     for name in ("qwen2", "box", "json", "plain"):
-        found = _PATTERNS[name].findall(text)
+        found = PATTERNS[name].findall(text)
         if found:
             return [(float(a), float(b), float(c), float(d)) for a, b, c, d in found]
     return []
@@ -144,7 +144,7 @@ def _plain(corners: Sequence[float]) -> str:
 def strip_boxes(text: str) -> str:
     """The text without boxes and box markup, spaces tidied: what a text encoder should judge."""
     for name in ("qwen2", "box", "json", "plain"):
-        text = _PATTERNS[name].sub("", text)
+        text = PATTERNS[name].sub("", text)
     text = _MARKUP.sub("", text)
     return re.sub(r"\s+([.,;:!?])", r"\1", re.sub(r"\s+", " ", text)).strip()
 

@@ -1,0 +1,124 @@
+"""Rewriting the boxes inside a text from one model's convention to another's."""
+
+import json
+import re
+from collections.abc import Sequence
+
+from clinkd.data.boxes import CONVENTIONS, PATTERNS, Convention, format_boxes, to_box
+
+Size = tuple[int, int]  # width, height in pixels
+
+_LABEL = re.compile(r'"label"\s*:\s*("(?:[^"\\]|\\.){0,400}")')
+_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+_OPEN = {"qwen2": ("<|object_ref_start|>", "<|object_ref_end|>"), "box": ("<ref>", "</ref>")}
+_NAME = re.compile(
+    r"<ref>([^<]{0,400})</ref>|<\|object_ref_start\|>([^<]{0,400})<\|object_ref_end\|>"
+)
+
+
+def convert_boxes(
+    text: str, source: Convention, target: Convention, size: Size | None = None
+) -> str:
+    """Rewrite every marked box and object name of a text; the rest stays as it is.
+
+    A name that stands before its box (`<ref>liver</ref><box>…</box>`) becomes the `label` of JSON
+    conventions and the other way round; a JSON list of boxes becomes boxes one after another.
+
+    Args:
+        text: a question or an answer.
+        source, target: see `clinkd.data.boxes`.
+        size: pixels of the image as the model sees it; needed where one side is `qwen2.5`.
+
+    Raises:
+        ValueError: an unknown convention, a box outside the image or reversed, no size.
+    """
+    for convention in (source, target):
+        if convention not in CONVENTIONS:
+            raise ValueError(f"unknown box convention {convention!r}: one of {CONVENTIONS}")
+    if "qwen2.5" in (source, target) and size is None:
+        raise ValueError("convention 'qwen2.5' counts pixels: the size of the image is needed")
+    if source in _OPEN:
+        pattern = re.compile(rf"(?:(?:{_NAME.pattern})\s*)?(?:{PATTERNS[source].pattern})")
+        text = pattern.sub(
+            lambda m: _write(m.group(1) or m.group(2), m.groups()[2:], target, None, size), text
+        )
+    else:
+        text = _from_json(text, source, target, size)
+    return _NAME.sub(lambda m: _name(m.group(1) or m.group(2) or "", target), text)
+
+
+def _from_json(text: str, source: Convention, target: Convention, size: Size | None) -> str:
+    scale = size if source == "qwen2.5" else None
+    whole = _listed(text)
+    if whole is not None:
+        return "".join(_write(label, corners, target, scale, size) for label, corners in whole)
+
+    def rewrite(match: re.Match[str]) -> str:
+        found = _LABEL.search(match.group())
+        label = json.loads(found.group(1)) if found else None
+        return _write(label, match.groups(), target, scale, size)
+
+    return PATTERNS["json"].sub(rewrite, text)
+
+
+def _listed(text: str) -> list[tuple[str | None, list[float]]] | None:
+    """Labels and corners, if the whole text is one JSON list of boxes, fenced or not."""
+    fenced = _FENCE.fullmatch(text.strip())
+    try:
+        rows = json.loads(fenced.group(1) if fenced else text)
+    except (ValueError, RecursionError):
+        return None
+    rows = [rows] if isinstance(rows, dict) else rows
+    if not isinstance(rows, list) or not rows:
+        return None
+    out: list[tuple[str | None, list[float]]] = []
+    for row in rows:
+        corners = row.get("bbox_2d") if isinstance(row, dict) else None
+        numbers = isinstance(corners, list) and all(type(c) in (int, float) for c in corners)
+        if not isinstance(corners, list) or not numbers or len(corners) != 4:
+            return None
+        label = row.get("label")
+        out.append((label if isinstance(label, str) else None, [float(c) for c in corners]))
+    return out
+
+
+def _write(
+    label: str | None,
+    corners: Sequence[str | float],
+    target: Convention,
+    pixels: Size | None,
+    size: Size | None,
+) -> str:
+    """One box in the target's convention; `pixels` scales corners that are not in 0…1000."""
+    width, height = pixels or (1000, 1000)
+    scale = (1000 / width, 1000 / height) * 2
+    box = to_box([float(c) * s for c, s in zip(corners, scale, strict=True)])
+    text = format_boxes([box], target, size)
+    if label is None:
+        return text
+    if target in _OPEN:
+        return _name(label, target) + text
+    return f'{text[:-1]}, "label": {json.dumps(label, ensure_ascii=False)}}}'
+
+
+def _name(label: str, target: Convention) -> str:
+    """An object's name as the target marks it; JSON conventions have no mark inside a sentence."""
+    before, after = _OPEN.get(target, ("", ""))
+    return f"{before}{label}{after}"
+
+
+def resized_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
+    """The size that Qwen-VL image processors resize an image to.
+
+    Both sides become multiples of `factor` (patch times merge: 28 for Qwen2-VL and Qwen2.5-VL, 32
+    for Qwen3-VL), with between `min_pixels` and `max_pixels` pixels, the aspect nearly kept.
+    """
+    width, height = size
+    new_w, new_h = (max(factor, round(side / factor) * factor) for side in size)
+    if new_w * new_h > max_pixels:
+        shrink = (width * height / max_pixels) ** 0.5
+        new_w, new_h = (max(factor, int(side / shrink / factor) * factor) for side in size)
+    elif new_w * new_h < min_pixels:
+        grow = (min_pixels / (width * height)) ** 0.5
+        new_w, new_h = (-int(-side * grow // factor) * factor for side in size)
+    return new_w, new_h
