@@ -8,7 +8,7 @@ from clinkd.data.boxes import CONVENTIONS, PATTERNS, Convention, format_boxes, t
 
 Size = tuple[int, int]  # width, height in pixels
 
-_LABEL = re.compile(r'"label"\s*:\s*("(?:[^"\\]|\\.){0,400}")')
+_JSON_LABEL = re.compile(r'"label"\s*:\s*("(?:[^"\\]|\\.){0,400}")')
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _OPEN = {"qwen2": ("<|object_ref_start|>", "<|object_ref_end|>"), "box": ("<ref>", "</ref>")}
 _NAME = re.compile(
@@ -39,12 +39,15 @@ def convert_boxes(
         raise ValueError("convention 'qwen2.5' counts pixels: the size of the image is needed")
     if source in _OPEN:
         pattern = re.compile(rf"(?:(?:{_NAME.pattern})\s*)?(?:{PATTERNS[source].pattern})")
-        text = pattern.sub(
-            lambda m: _write(m.group(1) or m.group(2), m.groups()[2:], target, None, size), text
-        )
+        text = pattern.sub(lambda m: _write(_label(m), m.groups()[2:], target, None, size), text)
     else:
         text = _from_json(text, source, target, size)
-    return _NAME.sub(lambda m: _name(m.group(1) or m.group(2) or "", target), text)
+    return _NAME.sub(lambda m: _name(_label(m) or "", target), text)
+
+
+def _label(match: re.Match[str]) -> str | None:
+    """The object's name of a match that begins with `_NAME`, if there is one."""
+    return match.group(2) if match.group(1) is None else match.group(1)
 
 
 def _from_json(text: str, source: Convention, target: Convention, size: Size | None) -> str:
@@ -54,7 +57,7 @@ def _from_json(text: str, source: Convention, target: Convention, size: Size | N
         return "".join(_write(label, corners, target, scale, size) for label, corners in whole)
 
     def rewrite(match: re.Match[str]) -> str:
-        found = _LABEL.search(match.group())
+        found = _JSON_LABEL.search(match.group())
         label = json.loads(found.group(1)) if found else None
         return _write(label, match.groups(), target, scale, size)
 
