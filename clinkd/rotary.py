@@ -1,69 +1,97 @@
-"""Rotary embeddings with several position axes, and the positions of tokens around images.
-
-For each pair `i` of components: which position axis turns it, and how fast,
+"""Rotary embedding in one abstraction: which axis turns each pair of components, how fast, where.
 
     angle[token, i] = positions[axis[i], token] * inv_freq[i]
     (a, b) -> (a cos - b sin, a sin + b cos)
+
+`RotarySpec` says what the pairs are, `PositionConfig` which rule a model follows, and
+`mcg_positions`, `qwen_positions` and `gap_positions` place text and image patches.
+See docs/rotary.md.
 """
 
+import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from clinkd.errors import ConfigError
+from clinkd.positions import gap_positions, mcg_positions, qwen_positions
 
-Grids = Sequence[Sequence[tuple[int, int]]]  # of each row, the merged (h, w) of its images in order
+__all__ = [
+    "PositionConfig",
+    "RotarySpec",
+    "gap_positions",
+    "mcg_positions",
+    "qwen_positions",
+]
+
+Layout = Literal["interleaved", "half"]
 Preset = Literal["paper", "warm", "mrope", "gap2"]
-PRESETS: tuple[Preset, ...] = ("paper", "warm", "mrope", "gap2")
+PRESETS: tuple[str, ...] = ("paper", "warm", "mrope", "gap2")
+MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
 class RotarySpec:
-    """Which components turn together, by which axis, and how fast.
+    """Axis and speed of every rotary pair of a head.
 
-    Pair `i` is made of components `first = (i // n) * 2n + i % n` and `first + n`, n = `pair_stride`;
-    components past `2R` pass through.
+    Pair `i` is made of components `first = (i // n) * 2n + i % n` and `second = first + n`, with
+    `n = pair_stride`: 1 is the interleaved layout, `head_dim / 2` the half layout of Hugging Face.
+    Components past `2R` pass through.
 
-    Attributes:
-        head_dim: D.
-        axis: position axis of each of the R pairs.
-        inv_freq: radians a unit of position, of each pair.
-        pair_stride: n; 1 is the interleaved layout, D / 2 Hugging Face's half layout.
+    Args:
+        head_dim: D, even, 16 to 256.
+        axis: [R] index into the first dimension of the positions.
+        inv_freq: [R] radians per unit of position.
+        pair_stride: distance of a pair's components; divides R.
     """
 
     head_dim: int
     axis: tuple[int, ...]
     inv_freq: tuple[float, ...]
     pair_stride: int
+    # 63-bit digest of the four fields; equal in every process, so that compiled graphs may hold it
+    key: int = field(init=False, compare=False, repr=False)
+
+    known: ClassVar[dict[int, "RotarySpec"]] = {}
 
     def __post_init__(self) -> None:
         pairs = len(self.axis)
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be even and at least 2, got {self.head_dim}")
+        if self.head_dim % 2 or not 16 <= self.head_dim <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"head_dim must be even and from 16 to {MAX_HEAD_DIM}, got {self.head_dim}"
+            )
         if len(self.inv_freq) != pairs:
             raise ValueError(
-                f"axis and inv_freq must be of one length, got {pairs} and {len(self.inv_freq)}"
+                f"inv_freq must have one speed a pair, {pairs} as axis has, "
+                f"got {len(self.inv_freq)}"
             )
-        if 2 * pairs > self.head_dim:
-            raise ValueError(f"{pairs} pairs do not fit into head_dim {self.head_dim}")
+        if not 0 < 2 * pairs <= self.head_dim:
+            raise ValueError(
+                f"axis must have 1 to head_dim / 2 = {self.head_dim // 2} pairs, got {pairs}"
+            )
         if self.pair_stride < 1 or pairs % self.pair_stride:
             raise ValueError(
-                f"pair_stride must divide the number of pairs {pairs}, got {self.pair_stride}"
+                f"pair_stride must divide the number of pairs, {pairs}, got {self.pair_stride}"
             )
-        if any(a < 0 for a in self.axis):
-            raise ValueError(f"axis must hold numbers from 0, got {self.axis}")
+        if min(self.axis) < 0:
+            raise ValueError(f"axis must not be negative, got {min(self.axis)}")
+        if not all(math.isfinite(speed) for speed in self.inv_freq):
+            raise ValueError("inv_freq must be finite")
+        content = repr((self.head_dim, self.axis, self.inv_freq, self.pair_stride))
+        digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+        object.__setattr__(self, "key", int.from_bytes(digest, "big") >> 1)
+        RotarySpec.known[self.key] = self
 
     @property
-    def num_axes(self) -> int:
-        """A: how many position axes the spec reads."""
-        return max(self.axis, default=-1) + 1
+    def pairs(self) -> int:
+        """R."""
+        return len(self.axis)
 
-    def components(self) -> tuple[Tensor, Tensor]:
-        """Indices of the first and second component of every pair, each int64 [R]."""
-        i = torch.arange(len(self.axis))
-        first = (i // self.pair_stride) * 2 * self.pair_stride + i % self.pair_stride
-        return first, first + self.pair_stride
+    @property
+    def axes(self) -> int:
+        """A, the least number of position axes."""
+        return max(self.axis) + 1
 
     @classmethod
     def split(
@@ -71,45 +99,42 @@ class RotarySpec:
         head_dim: int,
         height_dim: int | None = None,
         base: float = 10000.0,
-        layout: str = "interleaved",
+        layout: Layout = "interleaved",
     ) -> "RotarySpec":
-        """The paper's: the first `height_dim` components turn with height, the rest with width.
+        """The first `height_dim` components turn with axis 0, the rest with axis 1 (ClinKD).
 
-        Each part has its own ladder `base ** (-2i / d_part)`, i = 0, 1, …
-
-        Args:
-            height_dim: default half of `head_dim`.
-            layout: "interleaved", or "half" inside each of two equal parts.
+        Each part has its own ladder `base^(-2i / d_part)` with i = 0, 1, …; the paper prints
+        speeds from i = 1 without saying where i starts (arXiv:2502.05928, section 3).
         """
         height_dim = head_dim // 2 if height_dim is None else height_dim
         width_dim = head_dim - height_dim
-        if height_dim % 2 or width_dim % 2 or not 0 < height_dim < head_dim:
+        if height_dim % 2 or not 0 < height_dim < head_dim:
             raise ValueError(
-                f"height_dim must be even and leave an even rest of {head_dim}, got {height_dim}"
+                f"height_dim must be even and between 0 and head_dim = {head_dim}, got {height_dim}"
             )
-        if layout == "half" and height_dim != width_dim:
+        _check_layout(layout)
+        if layout == "half" and (height_dim != width_dim or height_dim % 2):
             raise ValueError(
-                f"layout 'half' needs two equal parts, got {height_dim} and {width_dim}; "
-                "use 'interleaved'"
+                "height_dim must be head_dim / 2 in the half layout, whose pairs have one "
+                f"distance; got {height_dim} of {head_dim}: use layout='interleaved'"
             )
         return cls(
             head_dim,
             (0,) * (height_dim // 2) + (1,) * (width_dim // 2),
             _ladder(height_dim, base) + _ladder(width_dim, base),
-            _stride(layout, height_dim // 2),
+            1 if layout == "interleaved" else height_dim // 2,
         )
 
     @classmethod
     def alternate(
-        cls, head_dim: int, base: float = 10000.0, layout: str = "half"
+        cls, head_dim: int, base: float = 10000.0, layout: Layout = "half"
     ) -> "RotarySpec":
-        """One 1-D ladder, even pairs turned by axis 0, odd pairs by axis 1.
+        """One 1-D ladder, even pairs on axis 0 and odd pairs on axis 1.
 
-        Where the axes agree, as in text, it is the 1-D embedding.
+        Where both axes agree, as at text, this is the 1-D embedding.
         """
-        pairs = head_dim // 2
-        axis = tuple(i % 2 for i in range(pairs))
-        return cls(head_dim, axis, _ladder(head_dim, base), _stride(layout, pairs))
+        axis = tuple(i % 2 for i in range(head_dim // 2))
+        return cls(head_dim, axis, _ladder(head_dim, base), _stride(layout, head_dim // 2))
 
     @classmethod
     def mrope(
@@ -119,210 +144,106 @@ class RotarySpec:
         base: float = 1e6,
         interleaved: bool = False,
     ) -> "RotarySpec":
-        """Qwen2-VL's and Qwen2.5-VL's axes t, h, w in sections; Qwen3-VL's with `interleaved`."""
-        pairs = head_dim // 2
-        if len(sections) != 3 or sum(sections) != pairs:
-            raise ValueError(f"sections must be three numbers that add up to {pairs}, got {sections}")
+        """M-RoPE of Qwen2-VL and Qwen2.5-VL; Qwen3-VL's with `interleaved`. Axes t, h, w."""
+        if len(sections) != 3 or sum(sections) != head_dim // 2:
+            raise ValueError(
+                f"sections must be three numbers that add up to head_dim / 2 = {head_dim // 2}, "
+                f"got {tuple(sections)}"
+            )
         if interleaved:
-            axis = [0] * pairs
+            axis = [0] * (head_dim // 2)
             for a in (1, 2):
-                for i in range(a, sections[a] * 3, 3):
-                    axis[i] = a
+                stop = min(3 * sections[a], head_dim // 2)
+                axis[a:stop:3] = [a] * len(range(a, stop, 3))
         else:
-            axis = [a for a, count in enumerate(sections) for _ in range(count)]
-        return cls(head_dim, tuple(axis), _ladder(head_dim, base), pairs)
+            axis = [a for a in range(3) for _ in range(sections[a])]
+        return cls(head_dim, tuple(axis), _ladder(head_dim, base), head_dim // 2)
 
     @classmethod
     def axial(cls, head_dim: int, base: float = 10000.0) -> "RotarySpec":
-        """Qwen2-VL's vision tower: head_dim / 4 speeds for height, the same for width."""
+        """The vision tower of Qwen2-VL: half of the pairs on axis 0 (height), half on axis 1."""
         if head_dim % 4:
             raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
-        quarter = head_dim // 4
-        axis = (0,) * quarter + (1,) * quarter
-        return cls(head_dim, axis, _ladder(head_dim // 2, base) * 2, head_dim // 2)
+        speeds = _ladder(head_dim // 2, base)
+        axis = (0,) * len(speeds) + (1,) * len(speeds)
+        return cls(head_dim, axis, speeds * 2, head_dim // 2)
 
     @classmethod
     def rope(
         cls,
         head_dim: int,
         base: float = 10000.0,
-        layout: str = "half",
+        layout: Layout = "half",
         rotary_dim: int | None = None,
     ) -> "RotarySpec":
-        """The ordinary 1-D embedding; of the first `rotary_dim` components if given."""
+        """Ordinary 1-D rotary embedding of the first `rotary_dim` (default all) components."""
         dim = head_dim if rotary_dim is None else rotary_dim
         if dim % 2 or not 0 < dim <= head_dim:
-            raise ValueError(f"rotary_dim must be even and at most {head_dim}, got {dim}")
+            raise ValueError(
+                f"rotary_dim must be even and from 2 to head_dim = {head_dim}, got {dim}"
+            )
         return cls(head_dim, (0,) * (dim // 2), _ladder(dim, base), _stride(layout, dim // 2))
 
 
 def _ladder(dim: int, base: float) -> tuple[float, ...]:
+    if not base > 0:
+        raise ValueError(f"base must be above 0, got {base}")
     return tuple(base ** (-2 * i / dim) for i in range(dim // 2))
 
 
-def _stride(layout: str, half: int) -> int:
+def _check_layout(layout: str) -> None:
     if layout not in ("interleaved", "half"):
         raise ValueError(f"layout must be 'interleaved' or 'half', got {layout!r}")
-    return 1 if layout == "interleaved" else half
+
+
+def _stride(layout: str, pairs: int) -> int:
+    _check_layout(layout)
+    return 1 if layout == "interleaved" else pairs
 
 
 @dataclass(frozen=True)
 class PositionConfig:
-    """How a model's tokens get their positions; saved in its config.json.
+    """How a model places text and image patches, and which pair turns with which axis.
 
-    Attributes:
-        preset: `paper`, `warm`, `mrope` or `gap2`, see docs/rotary.md.
-        pos_scale: (s1, s2), the paper's alpha1 and alpha2: spacing of patches by height and width.
+    Args:
+        preset: `paper` (split ladders, MCG positions; for training from scratch), `warm`
+            (the checkpoint's own ladder with alternating axes, MCG positions), `mrope` (the
+            checkpoint as it came), `gap2` (M-RoPE with a gap of 2 at each border of text and
+            image, as the authors' published code does).
+        pos_scale: distance of neighbouring patches by height and width, the paper's alpha1 and
+            alpha2; only `paper` and `warm` read it.
+        base: of the ladders of `paper`.
+
+    Raises:
+        ConfigError: an unknown preset, or a number that is not above 0.
     """
 
     preset: Preset = "warm"
     pos_scale: tuple[float, float] = (2.0, 2.0)
+    base: float = 10000.0
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        if len(self.pos_scale) != 2 or not all(s > 0 for s in self.pos_scale):
-            raise ValueError(f"pos_scale must be two numbers above 0, got {self.pos_scale}")
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        scale = tuple(float(s) for s in self.pos_scale)
+        if len(scale) != 2 or not all(0 < s < math.inf for s in scale):
+            raise ConfigError(f"pos_scale must be two numbers above 0, got {self.pos_scale}")
+        if not 0 < self.base < math.inf:
+            raise ConfigError(f"base must be above 0, got {self.base}")
+        object.__setattr__(self, "pos_scale", scale)
 
-    def to_json(self) -> dict[str, Any]:
-        return {"preset": self.preset, "pos_scale": list(self.pos_scale)}
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a model's config.json holds them."""
+        return asdict(self) | {"pos_scale": list(self.pos_scale)}
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> "PositionConfig":
-        return cls(row["preset"], tuple(row["pos_scale"]))
+    def from_dict(cls, values: dict[str, Any]) -> "PositionConfig":
+        """The inverse of `to_dict`.
 
-    def positions(
-        self, image_mask: Tensor, grids: Grids, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Positions by this preset: [2, B, S] for `paper` and `warm`, else [3, B, S], and the next."""
-        if self.preset in ("paper", "warm"):
-            return mcg_positions(
-                image_mask, grids, pos_scale=self.pos_scale, attention_mask=attention_mask
-            )
-        gap = 1 if self.preset == "gap2" else 0
-        return qwen_positions(image_mask, grids, attention_mask=attention_mask, gap=gap)
-
-
-def mcg_positions(
-    image_mask: Tensor,
-    grids: Grids,
-    *,
-    pos_scale: tuple[float, float] = (2.0, 2.0),
-    attention_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Positions of MCG-RoPE: text counts up, an image lies centred in the room its tokens take.
-
-    Text token t has (t, t). An image of h × w merged patches after position l has, for patch
-    v1 = 1…h, v2 = 1…w,
-
-        (s1 v1 + l + (w h + 1 - s1 (h + 1)) / 2,  s2 v2 + l + (w h + 1 - s2 (w + 1)) / 2)
-
-    and the text after it goes on at l + w h + 1.
-
-    Args:
-        image_mask: bool [B, S], True at image tokens.
-        grids: of each row, the merged (h, w) of its images in order.
-        pos_scale: (s1, s2).
-        attention_mask: [B, S], 0 at padding, which is not counted and gets position 0.
-
-    Returns:
-        float32 positions [2, B, S], and the next position of each row, float32 [B].
-
-    Raises:
-        ValueError: grids and mask disagree, or an image would begin before the text in front of it.
-    """
-    valid = _valid(image_mask, attention_mask)
-    images = _Images(image_mask & valid, grids)
-    index = (valid.cumsum(1) - 1).clamp(min=0).to(torch.float32)  # [B, S]
-    positions = torch.stack([index, index])
-    if len(images.height):
-        flat = index[images.rows, images.columns]  # [image tokens]
-        before = flat - images.patch - 1  # l: position of the token before the image
-        room = images.height * images.width + 1
-        for axis, (extent, place) in enumerate(
-            ((images.height, images.patch // images.width), (images.width, images.patch % images.width))
-        ):
-            scale = pos_scale[axis]
-            gap = (room - scale * (extent - 1)) / 2
-            if bool((gap < 0).any()):
-                at = int((gap < 0).nonzero()[0])
-                h, w = int(images.height[at]), int(images.width[at])
-                raise ValueError(
-                    f"pos_scale {scale} puts an image of {h} × {w} patches before the text in front "
-                    f"of it; use at most {(h * w + 1) / (max(h, w) - 1):.2f}"
-                )
-            offset = before + (room - scale * (extent + 1)) / 2  # lambda
-            positions[axis, images.rows, images.columns] = scale * (place + 1) + offset
-    return positions * valid, valid.sum(1).to(torch.float32)
-
-
-def qwen_positions(
-    image_mask: Tensor,
-    grids: Grids,
-    *,
-    attention_mask: Tensor | None = None,
-    gap: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Qwen2-VL's own positions t, h, w, from the same inputs as `mcg_positions`.
-
-    Args:
-        gap: so many positions left empty before and after each image; 1 is the published ClinKD
-            code ("last text + 2").
-
-    Returns:
-        float32 positions [3, B, S], and the next position of each row, float32 [B].
-    """
-    valid = _valid(image_mask, attention_mask)
-    images = _Images(image_mask & valid, grids)
-    step = (valid & ~image_mask).to(torch.float32)  # [B, S] how far each token moves the count
-    last = images.patch == images.height * images.width - 1
-    extent = torch.maximum(images.height, images.width) + 2 * gap
-    step[images.rows[last], images.columns[last]] = extent[last].to(torch.float32)
-    start = step.cumsum(1) - step  # [B, S] count before each token
-    positions = start.repeat(3, 1, 1)
-    if len(images.height):
-        where = (images.rows, images.columns)
-        positions[0][where] += gap
-        positions[1][where] += gap + images.patch // images.width
-        positions[2][where] += gap + images.patch % images.width
-    return positions * valid, step.sum(1)
-
-
-def _valid(image_mask: Tensor, attention_mask: Tensor | None) -> Tensor:
-    if image_mask.dim() != 2 or image_mask.dtype != torch.bool:
-        raise ValueError(
-            f"image_mask must be bool [B, S], got {image_mask.dtype} {tuple(image_mask.shape)}"
-        )
-    if attention_mask is None:
-        return torch.ones_like(image_mask)
-    if attention_mask.shape != image_mask.shape:
-        raise ValueError(
-            f"attention_mask must be [B, S] = {tuple(image_mask.shape)}, "
-            f"got shape {tuple(attention_mask.shape)}"
-        )
-    return attention_mask.bool()
-
-
-class _Images:
-    """Every image token's row, column, its image's size and its number within the image."""
-
-    def __init__(self, image_mask: Tensor, grids: Grids) -> None:
-        if len(grids) != image_mask.shape[0]:
-            raise ValueError(f"grids must have one entry a row, {image_mask.shape[0]}, got {len(grids)}")
-        counts = image_mask.sum(1).tolist()
-        for row, (count, images) in enumerate(zip(counts, grids, strict=True)):
-            expected = sum(h * w for h, w in images)
-            if expected != count:
-                raise ValueError(
-                    f"row {row} has {count} image tokens, its grids {list(images)} need {expected}"
-                )
-        device = image_mask.device
-        sizes = torch.tensor([s for row in grids for s in row], dtype=torch.int64).reshape(-1, 2)
-        sizes = sizes.to(device)
-        repeats = sizes.prod(1)
-        ends = repeats.cumsum(0)
-        self.rows, self.columns = image_mask.nonzero(as_tuple=True)  # row-major: images in order
-        self.height = sizes[:, 0].repeat_interleave(repeats)
-        self.width = sizes[:, 1].repeat_interleave(repeats)
-        total = torch.arange(len(self.rows), device=device)
-        self.patch = total - (ends - repeats).repeat_interleave(repeats)
+        Raises:
+            ConfigError: an unknown key or a wrong value.
+        """
+        unknown = sorted(values.keys() - {"preset", "pos_scale", "base"})
+        if unknown:
+            raise ConfigError(f"positions have no key {unknown[0]!r}")
+        return cls(**{**values, "pos_scale": tuple(values.get("pos_scale", (2.0, 2.0)))})

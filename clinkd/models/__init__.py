@@ -1,5 +1,5 @@
 """The ops inside Hugging Face models."""
 
-from clinkd.models.apply import apply, load
+from clinkd.models.apply import apply, load, packed_position_ids, positions_of, restore
 
-__all__ = ["apply", "load"]
+__all__ = ["apply", "load", "packed_position_ids", "positions_of", "restore"]

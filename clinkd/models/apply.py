@@ -1,133 +1,240 @@
-"""The positions of ClinKD inside Hugging Face's Qwen-VL models."""
+"""Positions and rotary ops put into a Qwen-VL model, and saved with it.
 
+Nothing of transformers is subclassed or changed: four objects of this one model get another
+`forward` or method, which `restore` takes back.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from clinkd.rotary import PositionConfig, RotarySpec
+from clinkd.errors import ConfigError
+from clinkd.models.attention import text_attention, vision_attention
+from clinkd.models.embedding import IMPLS, TextRotary, VisionRotary, text_spec, vision_spec
+from clinkd.positions import Grid, Rule, place
+from clinkd.rotary import PositionConfig
 
-CONFIG_KEY = "clinkd_positions"  # in config.json: a checkpoint knows its own positions
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
-
-class AxisRotaryEmbedding(nn.Module):
-    """Cosines and sines for Hugging Face's attention, each pair turned by its own axis.
-
-    The attention pairs component i with i + D / 2. For other layouts the head's channels would be
-    permuted, in queries and keys alike, which changes no score: only axis and speed of a pair count.
-    """
-
-    def __init__(self, axis: Tensor, inv_freq: Tensor) -> None:
-        super().__init__()
-        self.axis = nn.Buffer(axis, persistent=False)  # [R]
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)  # [R] float32
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [B, S, D] in x's dtype; position_ids [3, B, S], rows 1 and 2 are h, w."""
-        positions = position_ids[-2:].float()  # [2, B, S]
-        angle = positions[self.axis].permute(1, 2, 0) * self.inv_freq.float()  # [B, S, R]
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat([cos, cos], -1).to(x.dtype), torch.cat([sin, sin], -1).to(x.dtype)
+CONFIG_KEY = "clinkd_positions"
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+RULES: dict[str, Rule] = {"paper": "mcg", "warm": "mcg", "mrope": "qwen", "gap2": "gap"}
+IMAGE, VIDEO = 1, 2  # mm_token_type_ids
 
 
-def apply(model: PreTrainedModel, positions: PositionConfig) -> PreTrainedModel:
-    """Give a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model the positions of a preset, in place.
+def apply(
+    model: PreTrainedModel, positions: PositionConfig | None = None, impl: str = "auto"
+) -> PreTrainedModel:
+    """Make a Qwen-VL model follow `positions`, in its language layers and vision tower.
 
-    `mrope` leaves the model as it came. The choice is saved with the model's config.
+    The configuration is kept in `model.config`, hence in the config.json of a saved checkpoint.
+    May be called again with other positions.
+
+    Args:
+        model: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model of transformers (or PEFT around one).
+        positions: default: what the model's config says, else `PositionConfig()`.
+        impl: of the rotary op: "auto", "reference", "cpu", "cuda"; or "eager", transformers' own
+            arithmetic (float32 angles, cosines rounded to the model's dtype).
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: another architecture.
+        ConfigError: another architecture, or positions that it cannot follow.
     """
-    if model.config.model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"model must be one of {', '.join(MODEL_TYPES)}, got {model.config.model_type!r}"
-        )
-    setattr(model.config, CONFIG_KEY, positions.to_json())
-    if positions.preset == "mrope":
-        return model
-    core = model.model
-    core.get_rope_index = MethodType(_rope_index(positions), core)
-    rotary = core.language_model.rotary_emb
-    pairs = rotary.inv_freq.shape[0]
-    if positions.preset == "paper":
-        spec = RotarySpec.split(2 * pairs)
-        axis, inv_freq = torch.tensor(spec.axis), torch.tensor(spec.inv_freq)
-    elif positions.preset == "warm":
-        axis, inv_freq = torch.arange(pairs) % 2, rotary.inv_freq.detach().clone()
-    else:
-        return model  # gap2 turns with the checkpoint's own axes and speeds
-    embedding = AxisRotaryEmbedding(axis, inv_freq.float())
-    core.language_model.rotary_emb = embedding.to(rotary.inv_freq.device)
+    if impl not in IMPLS:
+        raise ConfigError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    inner = _inner(model)
+    config = inner.config
+    if positions is None:
+        positions = positions_of(config) or PositionConfig()
+    text, vision = inner.language_model, inner.visual
+    spec = text_spec(text.config, positions, eager=impl == "eager")
+    restore(model)
+    text.rotary_emb = TextRotary(text.rotary_emb, spec, impl)
+    vision.rotary_pos_emb = VisionRotary(vision.rotary_pos_emb, vision_spec(vision.config), impl)
+    if impl != "eager":
+        for layer in text.layers:
+            layer.self_attn.rotary = (spec, impl)
+            layer.self_attn.forward = MethodType(text_attention, layer.self_attn)
+        for block in vision.blocks:
+            block.attn.rotary = (vision.rotary_pos_emb.spec, impl)
+            block.attn.forward = MethodType(vision_attention, block.attn)
+    inner.clinkd_positions = positions
+    inner.get_rope_index = MethodType(_rope_index, inner)
+    inner.compute_3d_position_ids = MethodType(_position_ids, inner)
+    for each in {id(c): c for c in (model.config, config)}.values():
+        setattr(each, CONFIG_KEY, positions.to_dict())
     return model
 
 
-def _rope_index(positions: PositionConfig) -> Any:
-    """A `get_rope_index` that follows a preset."""
-
-    def get_rope_index(
-        self: Any,
-        input_ids: Tensor,
-        mm_token_type_ids: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Positions float32 [3, B, S] and next position minus token count [B, 1]."""
-        if video_grid_thw is not None:
-            raise ValueError(f"positions {positions.preset!r} are for images; use preset 'mrope'")
-        image_mask = input_ids == self.config.image_token_id
-        if attention_mask is not None and attention_mask.dim() != 2:
-            attention_mask = None
-        valid = torch.ones_like(image_mask) if attention_mask is None else attention_mask.bool()
-        grids = _grids_by_row(
-            (image_mask & valid).sum(1).tolist(),
-            [] if image_grid_thw is None else image_grid_thw.tolist(),
-            self.config.vision_config.spatial_merge_size,
-        )
-        where, following = positions.positions(image_mask, grids, attention_mask)
-        if where.shape[0] == 2:
-            where = torch.cat([where[:1], where])
-        return where, (following - valid.sum(1))[:, None]
-
-    return get_rope_index
-
-
-def _grids_by_row(
-    counts: list[int], grids: list[list[int]], merge: int
-) -> list[list[tuple[int, int]]]:
-    """Deal the batch's images out to rows by their number of image tokens."""
-    images = iter(grids)
-    out = []
-    for row, count in enumerate(counts):
-        mine: list[tuple[int, int]] = []
-        while sum(h * w for h, w in mine) < count:
-            grid = next(images, None)
-            if grid is None:
-                raise ValueError(f"row {row} has {count} image tokens, but its images have fewer")
-            frames, height, width = grid
-            mine += [(height // merge, width // merge)] * frames
-        out.append(mine)
-    return out
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Take back everything that `apply` did; a model without it is left as it is."""
+    inner = _inner(model)
+    text, vision = inner.language_model, inner.visual
+    if not isinstance(text.rotary_emb, TextRotary):
+        return model
+    text.rotary_emb = text.rotary_emb.stock
+    vision.rotary_pos_emb = vision.rotary_pos_emb.stock
+    for attention in [layer.self_attn for layer in text.layers] + [b.attn for b in vision.blocks]:
+        for name in ("forward", "rotary"):
+            attention.__dict__.pop(name, None)
+    for name in ("get_rope_index", "compute_3d_position_ids", "clinkd_positions"):
+        inner.__dict__.pop(name, None)
+    for config in (model.config, inner.config):
+        config.__dict__.pop(CONFIG_KEY, None)
+    return model
 
 
 def load(
-    path: str, *, positions: PositionConfig | None = None, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    positions: PositionConfig | None = None,
+    dtype: torch.dtype | str | None = None,
+    impl: str = "auto",
+    **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a checkpoint with the positions that it was saved with, or with these.
+    """Load a checkpoint and apply the positions that it was saved with.
 
     Args:
-        path: hub name or folder.
-        positions: for a checkpoint that names none; one that does keeps its own.
+        path: folder or hub name.
+        positions: for a checkpoint that names none, default `mrope`; one that does keeps its own
+            (`apply` changes them).
+        dtype: of the weights; default: as saved.
+        impl: as for `apply`.
+        kwargs: go to `from_pretrained`.
 
     Raises:
-        ValueError: an architecture that is none of Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
+        ConfigError: another architecture, or positions that it cannot follow.
     """
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    saved = getattr(model.config, CONFIG_KEY, None)
-    chosen = PositionConfig.from_json(saved) if saved else positions
-    return apply(model, chosen or PositionConfig("mrope"))
+    config = AutoConfig.from_pretrained(path)
+    _check_family(config)
+    chosen = positions_of(config) or positions or PositionConfig("mrope")
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
+    return apply(model, chosen, impl)
+
+
+def positions_of(config: Any) -> PositionConfig | None:
+    """The positions that a model's config.json names, if it does."""
+    values = getattr(config, CONFIG_KEY, None)
+    return None if values is None else PositionConfig.from_dict(values)
+
+
+def packed_position_ids(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    segments: Tensor,
+    image_grid_thw: Tensor | None = None,
+) -> Tensor:
+    """`position_ids` for rows that hold several sequences one after another.
+
+    Give them to the model without an attention mask: transformers reads the borders off the first
+    row, so that no sequence sees another.
+
+    Args:
+        input_ids: [B, S].
+        segments: [B, S] int, the number of each token's sequence.
+        image_grid_thw: [images, 3] in reading order.
+
+    Returns:
+        [4, B, S] float32: index within the sequence, then the three rows of positions.
+    """
+    inner = _inner(model)
+    image_mask = input_ids == inner.config.image_token_id
+    grids = _grids(inner, image_grid_thw)
+    found, _ = _place(inner, image_mask, grids, None, segments)
+    index, _ = place(torch.zeros_like(image_mask), [], "qwen", (1.0, 1.0), segments=segments)
+    return torch.cat([index[:1], found])
+
+
+def _inner(model: Any) -> Any:
+    """The part with `language_model` and `visual`."""
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    _check_family(model.config)
+    inner = getattr(model, "model", model)
+    if not hasattr(inner, "language_model") or not hasattr(inner, "visual"):
+        raise ConfigError(f"{type(model).__name__} has no language model beside a vision tower")
+    return inner
+
+
+def _check_family(config: Any) -> None:
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"positions can be applied to {', '.join(FAMILIES)}, not to {config.model_type!r}"
+        )
+
+
+def _grids(inner: Any, image_grid_thw: Tensor | None) -> list[Grid]:
+    """Merged (h, w) of every image of the batch."""
+    if image_grid_thw is None:
+        return []
+    merge = inner.config.vision_config.spatial_merge_size
+    return [(h // merge, w // merge) for _, h, w in image_grid_thw.tolist()]
+
+
+def _place(
+    inner: Any,
+    image_mask: Tensor,
+    grids: Sequence[Grid],
+    attention_mask: Tensor | None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[3, B, S] positions and each row's next one; a two-axis preset leaves row 0 unread."""
+    config: PositionConfig = inner.clinkd_positions
+    found, following = place(
+        image_mask,
+        grids,
+        RULES[config.preset],
+        config.pos_scale,
+        attention_mask,
+        segments,
+    )
+    return (found if len(found) == 3 else torch.cat([found[:1], found])), following
+
+
+def _rope_index(
+    self: Any,
+    input_ids: Tensor,
+    mm_token_type_ids: Tensor,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """In place of `get_rope_index`: positions [3, B, S] float32, and next position minus length."""
+    if video_grid_thw is not None:
+        preset = self.clinkd_positions.preset
+        if preset != "mrope":
+            raise ConfigError(
+                f"positions {preset!r} have no rule for videos: give frames as images, or use "
+                "the preset 'mrope'"
+            )
+        stock: tuple[Tensor, Tensor] = type(self).get_rope_index(
+            self,
+            input_ids,
+            mm_token_type_ids=mm_token_type_ids,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        return stock
+    image_mask = mm_token_type_ids.to(input_ids.device) == IMAGE
+    found, following = _place(self, image_mask, _grids(self, image_grid_thw), attention_mask)
+    length = input_ids.shape[1] if attention_mask is None else attention_mask.long().sum(-1)
+    return found, (following - length).unsqueeze(1)
+
+
+def _position_ids(self: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' `compute_3d_position_ids`, cut to the new tokens where a cache holds the rest.
+
+    Its result is as long as the attention mask.
+    """
+    found: Tensor | None = type(self).compute_3d_position_ids(self, *args, **kwargs)
+    embeds = kwargs.get("inputs_embeds")
+    if found is None or embeds is None:
+        return found
+    return found[..., -embeds.shape[1] :]

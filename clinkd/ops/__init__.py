@@ -2,5 +2,6 @@
 
 from clinkd.ops.kd_loss import KDLoss, kd_loss
 from clinkd.ops.linear_kd_loss import linear_kd_loss
+from clinkd.ops.rotary import rotary
 
-__all__ = ["KDLoss", "kd_loss", "linear_kd_loss"]
+__all__ = ["KDLoss", "kd_loss", "linear_kd_loss", "rotary"]
