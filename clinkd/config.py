@@ -120,7 +120,9 @@ class GenerateConfig(Section):
     length_penalty: float = 1.0
     batch_size: PositiveInt = Field(8, description="questions at a time")
     selection: Literal["clip", "beam", "mixed", "consensus", "oracle"] = "clip"
-    mix: Fraction = Field(0.5, description="lambda of 'mixed': weight of CLIP beside the beam score")
+    mix: Fraction = Field(
+        0.5, description="lambda of 'mixed': weight of CLIP beside the beam score"
+    )
     scorer: str = Field(
         DEMO, description="open_clip name, 'local-dir:FOLDER', transformers CLIP folder, or 'demo'"
     )
@@ -179,7 +181,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} must be written key=value, as in distill.epochs=3")
+        raise ConfigError(
+            f"override {override!r} must be written key=value, as in distill.epochs=3"
+        )
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
@@ -213,7 +217,9 @@ def _explain(error: Any) -> str:
     given = error.get("input")
     message = error["msg"].removeprefix("Value error, ")
     if isinstance(given, str) and error["type"] == "literal_error":
-        expected = [part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        expected = [
+            part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ", ").split(",")
+        ]
         near = difflib.get_close_matches(given, expected, n=1, cutoff=0.5)
         message += f"; did you mean {near[0]!r}?" if near else ""
     shown = "" if isinstance(given, dict | BaseModel) else f", got {given!r}"

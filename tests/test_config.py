@@ -13,7 +13,9 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def test_unknown_key_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"unknown key 'distill.kd_wieght'; did you mean 'kd_weight'"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'distill.kd_wieght'; did you mean 'kd_weight'"
+    ):
         check({"distill": {"kd_wieght": 0.5}})
 
 
@@ -23,7 +25,9 @@ def test_unknown_section_lists_what_is_known():
 
 
 def test_wrong_value_names_key_value_and_nearest():
-    with pytest.raises(ConfigError, match=r"model.positions.preset:.*did you mean 'paper'\?, got 'papr'"):
+    with pytest.raises(
+        ConfigError, match=r"model.positions.preset:.*did you mean 'paper'\?, got 'papr'"
+    ):
         check({"model": {"positions": {"preset": "papr"}}})
 
 
@@ -51,7 +55,9 @@ def test_all_problems_are_listed_at_once():
 def test_overrides(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("distill: {epochs: 3}\n")
-    config = load(path, ["distill.kd_weight=0.25", "model.positions.pos_scale=[1, 1]", "output=x=y"])
+    config = load(
+        path, ["distill.kd_weight=0.25", "model.positions.pos_scale=[1, 1]", "output=x=y"]
+    )
     assert config.distill.epochs == 3
     assert config.distill.kd_weight == 0.25
     assert config.model.positions.pos_scale == (1.0, 1.0)
@@ -71,7 +77,11 @@ def test_bad_overrides(tmp_path, override, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- 1", "must hold keys and values"), ("!!python/name:os.system ''", "not valid YAML")],
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "must hold keys and values"),
+        ("!!python/name:os.system ''", "not valid YAML"),
+    ],
 )
 def test_broken_files(tmp_path, text, message):
     path = tmp_path / "c.yaml"

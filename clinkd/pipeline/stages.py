@@ -69,9 +69,7 @@ def _build_demo_model(folder: RunFolder, records: Sequence[Record]) -> None:
 
     config = folder.config.model
     texts = [turn.value for record in records for turn in record.conversations]
-    processor = build_processor(
-        texts, config.demo.vocabulary, config.min_pixels, config.max_pixels
-    )
+    processor = build_processor(texts, config.demo.vocabulary, config.min_pixels, config.max_pixels)
     model = build_model(processor, config.demo, folder.config.seed)
     models.apply(model, positions=_positions(folder.config))
     save_model(folder.student("base"), model, processor)
@@ -123,9 +121,7 @@ def distill(folder: RunFolder, progress: Update) -> str:
     return f"{len(records)} records, loss {loss:.3f}"
 
 
-def _hard_labels(
-    folder: RunFolder, records: Sequence[Record], least: float
-) -> list[Record]:
+def _hard_labels(folder: RunFolder, records: Sequence[Record], least: float) -> list[Record]:
     """Records that carry the teacher's confident answers in place of the truth."""
     by_id = {record.id: record for record in records}
     out = []
@@ -152,8 +148,7 @@ def correct(folder: RunFolder, progress: Update) -> str:
             counts.append(_round(folder, round_, current, corrector, similarity, progress))
         current = str(output)
     done = ", ".join(
-        f"round {k}: {_count_corrections(folder, k)} corrected"
-        for k in range(1, config.rounds + 1)
+        f"round {k}: {_count_corrections(folder, k)} corrected" for k in range(1, config.rounds + 1)
     )
     return done
 
@@ -285,7 +280,8 @@ def _load(config: RunConfig, path: str) -> tuple[PreTrainedModel, Any]:
     dtype = getattr(torch, config.model.dtype)
     model = models.load(path, positions=_positions(config), dtype=dtype)
     processor = AutoProcessor.from_pretrained(
-        path, size={"shortest_edge": config.model.min_pixels, "longest_edge": config.model.max_pixels}
+        path,
+        size={"shortest_edge": config.model.min_pixels, "longest_edge": config.model.max_pixels},
     )
     if torch.cuda.is_available():
         model = model.cuda()

@@ -96,7 +96,8 @@ def train(
     with callback.signals(), answer_forward(model):
         trainer.train(resume_from_checkpoint=last)
     if callback.preempted:
-        raise Preempted(f"stage {job.stage}: stopped by a signal at step {trainer.state.global_step}")
+        step = trainer.state.global_step
+        raise Preempted(f"stage {job.stage}: stopped by a signal at step {step}, all saved")
     save_model(job.output, model, processor)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return callback.last_loss
@@ -300,8 +301,8 @@ class _Watch(TrainerCallback):
             self.job.log.append(where | row)
         if not math.isfinite(self.last_loss):
             raise ClinkdError(
-                f"stage {self.job.stage}: the loss is {self.last_loss} at step {state.global_step}; "
-                "lower learning_rate, or set CLINKD_CHECK=1 to find the row"
+                f"stage {self.job.stage}: the loss is {self.last_loss} at step "
+                f"{state.global_step}; lower learning_rate, or set CLINKD_CHECK=1 to find the row"
             )
 
 

@@ -1,0 +1,1 @@
+"""Building the sample set of real images from data that comes inside registry packages."""
