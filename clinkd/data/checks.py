@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from clinkd.data.boxes import find_boxes, to_box
-from clinkd.data.images import image_size, load_image, resolve_image
+from clinkd.data.images import check_png_end, image_size, load_image, resolve_image
 from clinkd.data.records import Record, scan_records
 from clinkd.data.split import leaks
 from clinkd.errors import DataError, SetupError
@@ -18,7 +18,6 @@ IMAGE_CHECKS: tuple[ImageCheck, ...] = get_args(ImageCheck)
 DECODE_AT_MOST = 2000  # images; above, `require_sound` reads headers only
 MAX_ASPECT = 200  # Qwen-VL image processors refuse images longer than this many times their width
 _SHOWN = 5  # faults in one error message
-_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +75,18 @@ def _check_split(
     source: str | os.PathLike[str] | Sequence[Record], checker: "_Images", faults: list[Fault]
 ) -> tuple[list[_Placed], list[_Placed]]:
     """All records of a split that could be read, and those without fault; notes the others."""
-    placed = _placed(source, faults)
-    sound = []
-    for item in placed:
-        message = _first_fault(item.record, checker)
+    placed: list[_Placed] = []
+    sound: list[_Placed] = []
+    for place, found in _rows(source):
+        if isinstance(found, DataError):
+            faults.append(Fault(place, str(found)))
+            continue
+        placed.append(_Placed(place, found))
+        message = _first_fault(found, checker)
         if message is None:
-            sound.append(item)
+            sound.append(placed[-1])
         else:
-            faults.append(Fault(item.place, message))
+            faults.append(Fault(place, message))
     return placed, sound
 
 
@@ -126,19 +129,14 @@ def check_text(record: Record) -> str | None:
     return None
 
 
-def _placed(
-    source: str | os.PathLike[str] | Sequence[Record], faults: list[Fault]
-) -> list[_Placed]:
-    if not isinstance(source, str | os.PathLike):
-        return [_Placed(record.id, record) for record in source]
-    out = []
-    for number, found in scan_records(source):
-        place = f"{os.fspath(source)}:{number}"
-        if isinstance(found, Record):
-            out.append(_Placed(place, found))
-        else:
-            faults.append(Fault(place, str(found)))
-    return out
+def _rows(
+    source: str | os.PathLike[str] | Sequence[Record],
+) -> Iterator[tuple[str, Record | DataError]]:
+    if isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        yield from ((f"{path}:{number}", found) for number, found in scan_records(source))
+    else:
+        yield from ((record.id, record) for record in source)
 
 
 def _first_fault(record: Record, checker: "_Images") -> str | None:
@@ -209,17 +207,11 @@ class _Images:
 
     def _header(self, name: str) -> tuple[int, int]:
         size = image_size(self.root, name)
-        if name.lower().endswith(".png") and not _ends_whole(resolve_image(self.root, name)):
-            load_image(self.root, name)  # raises if it is really cut off: bytes may follow the end
+        if name.lower().endswith(".png"):
+            check_png_end(resolve_image(self.root, name), name)
         return size
 
     def _decode(self, name: str) -> tuple[int, int]:
         image = load_image(self.root, name)
         self.digests[name] = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
         return image.size
-
-
-def _ends_whole(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-min(len(_PNG_END), path.stat().st_size), os.SEEK_END)
-        return file.read() == _PNG_END

@@ -16,6 +16,7 @@ MAX_PIXELS = 64 << 20  # decoded pixels of one image; a larger one is refused, n
 # no formats that start other programs or read other files, as EPS does
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "JPEG2000")
 MEDICAL_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz")
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _ORIENTATION = 0x0112  # EXIF tag; 5…8 exchange width and height
 _UNREADABLE = (
     UnidentifiedImageError,
@@ -82,6 +83,8 @@ def load_image(root: str | os.PathLike[str], name: str) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check_pixels(name, *image.size)
+            if image.format == "PNG":
+                check_png_end(path, name)
             return to_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
@@ -147,6 +150,22 @@ def stretch(image: Image.Image) -> Image.Image:
     low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
     scaled = (np.where(finite, values, low) - low) * (255.0 / (high - low) if high > low else 0.0)
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def check_png_end(path: Path, name: str) -> None:
+    """Make sure that a PNG has its last chunk: PIL does not miss it, and half of what precedes it.
+
+    Raises:
+        DataError: it is cut off.
+    """
+    with open(path, "rb") as file:
+        file.seek(-min(len(_PNG_END), path.stat().st_size), os.SEEK_END)
+        if file.read() != _PNG_END:
+            file.seek(0)
+            if _PNG_END not in file.read():  # other bytes may follow the end
+                raise DataError(
+                    f"image {name!r} cannot be decoded (truncated?): its end is missing"
+                )
 
 
 def _check_pixels(name: str, width: int, height: int) -> None:
