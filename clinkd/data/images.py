@@ -6,6 +6,7 @@ files are named behind a `#`: `scan.dcm#3`, `volume.nii.gz#axis=2,index=30` (`cl
 
 import os
 import stat
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -44,11 +45,13 @@ def resolve_image(root: str | os.PathLike[str], name: str) -> Path:
     """
     relative, _ = split_name(name)
     try:
-        base = Path(root).resolve()
-        path = (base / relative).resolve()
-        if Path(relative).is_absolute() or not path.is_relative_to(base):
+        base = _real_folder(os.path.abspath(root))
+        if os.path.isabs(relative):
+            raise DataError(f"image {name!r} is an absolute path and lies outside the data root")
+        path = os.path.realpath(os.path.join(base, relative), strict=True)
+        if path != base and not path.startswith(base.rstrip("/") + "/"):
             raise DataError(f"image {name!r} lies outside the data root {base}")
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise DataError(f"image {name!r} is not a file under {base}")
     except FileNotFoundError:
         raise DataError(f"image {name!r} does not exist under {base}") from None
@@ -58,7 +61,13 @@ def resolve_image(root: str | os.PathLike[str], name: str) -> Path:
         if isinstance(error, DataError):
             raise
         raise DataError(f"image {name!r} is no path: {error}") from None
-    return path
+    return Path(path)
+
+
+@lru_cache(maxsize=16)
+def _real_folder(folder: str) -> str:
+    """The data root without links; a root exchanged later only makes its images be refused."""
+    return os.path.realpath(folder)
 
 
 def load_image(root: str | os.PathLike[str], name: str) -> Image.Image:

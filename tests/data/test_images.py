@@ -39,6 +39,8 @@ def test_names_that_leave_the_root(root, name):
 def test_absolute_names_are_refused_even_inside(root):
     with pytest.raises(DataError, match="lies outside the data root"):
         resolve_image(root, str(root / "a.png"))
+    with pytest.raises(DataError, match="lies outside the data root"):
+        resolve_image(root, "/nowhere/b.png")
 
 
 def test_links_within_the_root_are_fine(root):
