@@ -1,0 +1,280 @@
+"""Batched beam search in which a question's prompt is encoded and stored once."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from clinkd.data.prompt import encode_prompt
+from clinkd.generate.cache import ATTENTION, PrefixCache
+from clinkd.generate.hypotheses import EarlyStopping, Hypotheses, Rules
+from clinkd.generate.results import Candidate, Result
+
+_INPUTS = ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+
+
+class BeamSearcher:
+    """Answers questions about images with the n best of k beams.
+
+    Scores and stopping are those of transformers' `generate(num_beams=k, num_return_sequences=n,
+    do_sample=False)`. Finished questions leave the batch and the next ones enter at once.
+
+    Args:
+        model: Qwen2-VL, Qwen2.5-VL or Qwen3-VL, with or without `clinkd.models.apply`.
+        processor: its processor; None where requests come tokenised.
+        num_beams: 1–16; 1 is greedy.
+        num_samples: candidates returned of each question, at most `num_beams`.
+        length_penalty: scores are sums of log-probabilities over length to this power.
+        early_stopping: as in transformers: False, True or "never".
+        min_new_tokens: no stop token before so many tokens.
+        stop_ids: tokens that end an answer; default: the model's own.
+        num_beam_groups: diverse groups; `diversity_penalty` is taken from a token's score for each
+            time that an earlier group chose it at this step (Vijayakumar et al. 2016).
+        do_sample: `num_samples` independent samples at `temperature` and `top_p` instead of beams.
+        batch_size: questions in flight.
+        seed: of the samples; each question has its own stream of random numbers.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        num_beams: int = 3,
+        num_samples: int = 3,
+        max_new_tokens: int = 80,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = False,
+        *,
+        min_new_tokens: int = 0,
+        stop_ids: Sequence[int] | None = None,
+        num_beam_groups: int = 1,
+        diversity_penalty: float = 0.0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        for name, value, most in (
+            ("num_beams", num_beams, 16),
+            ("num_samples", num_samples, 16 if do_sample else num_beams),
+            ("max_new_tokens", max_new_tokens, 1 << 20),
+            ("batch_size", batch_size, 1 << 20),
+        ):
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be 1 to {most}, got {value}")
+        if num_beams % num_beam_groups:
+            raise ValueError(
+                f"num_beam_groups must divide num_beams = {num_beams}, got {num_beam_groups}"
+            )
+        if not temperature > 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"temperature must be above 0 and top_p in (0, 1], got {temperature} and {top_p}"
+            )
+        self.model = model
+        self.processor = processor
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.text = model.config.get_text_config()
+        self.rules = Rules(
+            hypotheses=num_samples if do_sample else num_beams,
+            max_new_tokens=max_new_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            stop_ids=_stop_ids(model) if stop_ids is None else tuple(stop_ids),
+            min_new_tokens=min_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_p=top_p,
+            groups=num_beam_groups,
+            diversity_penalty=diversity_penalty,
+        )
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Mapping[str, Any]]) -> list[Result]:
+        """Answer requests, in their order.
+
+        Args:
+            requests: `{"id", "image" | "images" | none, "question"}`, images as PIL images, or
+                `{"id", "input_ids", ...}` with what a processor returns. A request that cannot be
+                answered gets a result with `error`; the others go on.
+        """
+        found: dict[int, Result] = {}
+        waiting: deque[tuple[int, dict[str, Tensor]]] = deque()
+        for index, request in enumerate(requests):
+            try:
+                waiting.append((index, self._encode(request)))
+            except (ValueError, KeyError, OSError) as error:
+                found[index] = Result(str(request.get("id", index)), error=str(error))
+        # similar lengths side by side: less padding in a prefill
+        waiting = deque(sorted(waiting, key=lambda item: -item[1]["input_ids"].shape[1]))
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for index, candidates in self._search(waiting):
+                found[index] = Result(str(requests[index].get("id", index)), candidates)
+        finally:
+            self.model.train(was_training)
+        return [found[index] for index in range(len(requests))]
+
+    def _encode(self, request: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Model inputs of one request, checked."""
+        if "input_ids" in request:
+            inputs = {name: torch.as_tensor(request[name]) for name in _INPUTS if name in request}
+            inputs["input_ids"] = inputs["input_ids"].reshape(1, -1)
+        else:
+            if self.processor is None:
+                raise ValueError("a request without input_ids needs a processor")
+            images = request.get("images", request.get("image"))
+            images = (
+                [] if images is None else [images] if isinstance(images, Image.Image) else images
+            )
+            encoded = encode_prompt(self.processor, request["question"], images)
+            inputs = {name: encoded[name] for name in _INPUTS if name in encoded}
+        self._check(inputs)
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    def _check(self, inputs: dict[str, Tensor]) -> None:
+        ids = inputs["input_ids"]
+        length, most = ids.shape[1], self.text.max_position_embeddings
+        if length == 0:
+            raise ValueError("the prompt is empty")
+        if length + self.rules.max_new_tokens > most:
+            raise ValueError(
+                f"prompt of {length} tokens and {self.rules.max_new_tokens} new ones exceed the "
+                f"model's context of {most}; lower max_new_tokens or the image's max_pixels"
+            )
+        token = self.model.config.image_token_id
+        count = int((ids == token).sum())
+        merge = self.model.config.vision_config.spatial_merge_size**2
+        grid = inputs.get("image_grid_thw")
+        expected = 0 if grid is None else int(grid.prod(dim=1).sum()) // merge
+        if count != expected:
+            raise ValueError(f"the prompt has {count} image tokens, its images make {expected}")
+        inputs["mm_token_type_ids"] = (ids == token).to(torch.int32)
+
+    def _search(
+        self, waiting: deque[tuple[int, dict[str, Tensor]]]
+    ) -> Iterator[tuple[int, list[Candidate]]]:
+        if not waiting:
+            return
+        slots = min(self.batch_size, len(waiting))
+        longest = max(inputs["input_ids"].shape[1] for _, inputs in waiting)
+        hypotheses = Hypotheses(slots, self.rules)
+        cache = PrefixCache(slots, self.rules.hypotheses, longest, self.rules.max_new_tokens)
+        owners: list[int] = []  # request of each slot in use
+        generators: list[torch.Generator] = []
+        start = torch.zeros(slots, device=self.model.device)  # position of the first new token
+        logits = torch.zeros(0)
+        while owners or waiting:
+            fresh = []
+            while waiting and len(owners) + len(fresh) < slots:
+                fresh.append(waiting.popleft())
+            if fresh:
+                first = len(owners)
+                new_logits = self._prefill([inputs for _, inputs in fresh], cache, start, first)
+                for offset, (index, _) in enumerate(fresh):
+                    hypotheses.admit(first + offset)
+                    owners.append(index)
+                    generators.append(torch.Generator().manual_seed(self.seed * 1_000_003 + index))
+                logits = torch.cat([logits, new_logits]) if first else new_logits
+            log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()
+            parents, tokens, over = hypotheses.advance(log_probs, generators)
+            for slot in reversed(over.nonzero().squeeze(1).tolist()):
+                yield owners[slot], self._candidates(hypotheses, slot)
+                last = len(owners) - 1
+                cache.move(last, slot)
+                hypotheses.move(last, slot)
+                for values in (start, parents, tokens):
+                    values[slot] = values[last]
+                owners[slot], generators[slot] = owners[last], generators[last]
+                owners.pop()
+                generators.pop()
+            count = len(owners)
+            if count:
+                logits = self._step(cache, parents[:count], tokens[:count], start[:count])
+
+    def _prefill(
+        self, inputs: list[dict[str, Tensor]], cache: PrefixCache, start: Tensor, first: int
+    ) -> Tensor:
+        """Encode new prompts into slots from `first`; logits of their next token [n, K, V]."""
+        core = self.model.model
+        lengths = [each["input_ids"].shape[1] for each in inputs]
+        batch = {
+            name: torch.nn.utils.rnn.pad_sequence(
+                [each[name][0] for each in inputs], batch_first=True
+            )
+            for name in ("input_ids", "mm_token_type_ids")
+        }
+        ends = torch.tensor(lengths, device=self.model.device)
+        batch["attention_mask"] = (
+            torch.arange(max(lengths), device=self.model.device) < ends[:, None]
+        ).long()
+        for name in ("pixel_values", "image_grid_thw"):
+            parts = [each[name] for each in inputs if name in each]
+            if parts:
+                batch[name] = torch.cat(parts)
+        core.rope_deltas = None  # of an earlier batch
+        past = DynamicCache(config=self.text)
+        hidden = core(**batch, past_key_values=past, use_cache=True).last_hidden_state
+        deltas = core.rope_deltas
+        for row, length in enumerate(lengths):
+            cache.admit(
+                first + row,
+                [layer.keys[row, :, :length] for layer in past.layers],
+                [layer.values[row, :, :length] for layer in past.layers],
+            )
+            start[first + row] = length + (0.0 if deltas is None else float(deltas[row]))
+        rows = torch.arange(len(inputs), device=hidden.device)
+        logits = self.model.lm_head(hidden[rows, ends - 1])  # [n, V]
+        return logits[:, None].expand(-1, self.rules.hypotheses, -1)
+
+    def _step(self, cache: PrefixCache, parents: Tensor, tokens: Tensor, start: Tensor) -> Tensor:
+        """Feed one token of every hypothesis; logits of the next [S, K, V]."""
+        count, hypotheses = parents.shape
+        device = self.model.device
+        cache.begin_step(parents.to(device))
+        core = self.model.model
+        position = start + cache.step[:count].to(device)
+        position = position[:, None].expand(-1, hypotheses).reshape(1, -1, 1).expand(3, -1, -1)
+        embeds = core.get_input_embeddings()(tokens.reshape(-1, 1).to(device))
+        before = core.language_model.config._attn_implementation
+        core.language_model.config._attn_implementation = ATTENTION
+        try:
+            hidden = core.language_model(
+                inputs_embeds=embeds,
+                position_ids=position,
+                attention_mask={"full_attention": None, "sliding_attention": None},
+                past_key_values=cache,
+                use_cache=True,
+                prefix_cache=cache,
+            ).last_hidden_state
+        finally:
+            core.language_model.config._attn_implementation = before
+        cache.end_step()
+        logits: Tensor = self.model.lm_head(hidden[:, -1]).reshape(count, hypotheses, -1)
+        return logits
+
+    def _candidates(self, hypotheses: Hypotheses, slot: int) -> list[Candidate]:
+        out = []
+        for tokens, log_probs, score in hypotheses.best(slot, self.num_samples):
+            text_ids = [t for t in tokens if t not in self.rules.stop_ids]
+            text = ""
+            if self.processor is not None:
+                # special tokens stay: boxes are written with them
+                text = self.processor.tokenizer.decode(text_ids, skip_special_tokens=False).strip()
+            out.append(Candidate(text, tokens, log_probs, score))
+        return out
+
+
+def _stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    eos = model.generation_config.eos_token_id
+    return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)

@@ -1,0 +1,194 @@
+"""The search gives what transformers' beam search gives, token for token."""
+
+import pytest
+import torch
+from conftest_generate import make_model, make_request
+
+from clinkd.generate import BeamSearcher
+from clinkd.models import apply
+from clinkd.rotary import PositionConfig
+
+
+def by_transformers(model, request, **settings):
+    """transformers' own answer to one request, prompt cut off: tokens and scores."""
+    ids = torch.tensor([request["input_ids"]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+    }
+    for name in ("pixel_values", "image_grid_thw"):
+        if name in request:
+            inputs[name] = request[name]
+    out = model.generate(
+        **inputs, do_sample=False, return_dict_in_generate=True, output_scores=True, **settings
+    )
+    stops = model.generation_config.eos_token_id
+    rows = []
+    for row in out.sequences[:, ids.shape[1] :].tolist():
+        ends = [i for i, token in enumerate(row) if token in stops]
+        rows.append(row[: ends[0] + 1] if ends else row)
+    return rows, getattr(out, "sequences_scores", None)
+
+
+def compare(model, requests, *, beams, samples, tokens=10, **settings):
+    ours = BeamSearcher(
+        model, None, beams, samples, tokens, batch_size=settings.pop("batch_size", 3), **settings
+    ).generate(requests)
+    if "min_new_tokens" in settings:
+        settings["min_new_tokens"] = settings["min_new_tokens"]
+    for request, result in zip(requests, ours, strict=True):
+        tokens_, scores = by_transformers(
+            model,
+            request,
+            num_beams=beams,
+            num_return_sequences=samples,
+            max_new_tokens=tokens,
+            **settings,
+        )
+        assert [c.token_ids for c in result.candidates] == tokens_
+        if scores is not None:
+            found = torch.tensor([c.score for c in result.candidates])
+            torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-4)
+
+
+def requests_of(seed, count=6, images=(0, 1, 1, 2)):
+    generator = torch.Generator().manual_seed(seed)
+    return [make_request(generator, images[i % len(images)]) for i in range(count)]
+
+
+@pytest.mark.parametrize("beams", [2, 3, 5])
+def test_equals_transformers(model, beams):
+    compare(model, requests_of(beams), beams=beams, samples=beams)
+
+
+@pytest.mark.parametrize("early_stopping", [True, "never"])
+@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0, -1.0])
+def test_stopping_rules(early_stopping, length_penalty):
+    model = make_model(seed=3, stops=4, scale=0.3)  # flat distributions: stop tokens are likely
+    compare(
+        model,
+        requests_of(11, count=4),
+        beams=3,
+        samples=2,
+        early_stopping=early_stopping,
+        length_penalty=length_penalty,
+    )
+
+
+def test_minimum_length():
+    model = make_model(seed=5, stops=6, scale=0.2)
+    compare(model, requests_of(5, count=4), beams=3, samples=3, min_new_tokens=4)
+
+
+def test_greedy(model):
+    compare(model, requests_of(8), beams=1, samples=1)
+
+
+@pytest.mark.parametrize("preset", ["paper", "warm", "gap2"])
+def test_with_other_positions(preset):
+    model = apply(make_model(), PositionConfig(preset, pos_scale=(1.0, 1.0)))
+    compare(model, requests_of(21, count=4), beams=3, samples=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(25))
+def test_hundreds_of_prompts(seed):
+    model = make_model(seed=seed, stops=1 + seed % 4, scale=0.2 + 0.2 * (seed % 5))
+    compare(model, requests_of(100 + seed, count=10), beams=3, samples=3, tokens=8, batch_size=4)
+
+
+def test_a_batch_answers_as_one_at_a_time(model):
+    requests = requests_of(31, count=9)
+    together = BeamSearcher(model, None, 3, 3, 8, batch_size=4).generate(requests)
+    alone = [BeamSearcher(model, None, 3, 3, 8).generate([r])[0] for r in requests]
+    for a, b in zip(together, alone, strict=True):
+        assert a.id == b.id
+        assert [c.token_ids for c in a.candidates] == [c.token_ids for c in b.candidates]
+
+
+def test_log_probabilities_are_the_models(model):
+    request = requests_of(41, count=1, images=(1,))[0]
+    (result,) = BeamSearcher(model, None, 3, 3, 6).generate([request])
+    for candidate in result.candidates:
+        ids = torch.tensor([request["input_ids"] + candidate.token_ids])
+        logits = model(
+            input_ids=ids,
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+            pixel_values=request["pixel_values"],
+            image_grid_thw=request["image_grid_thw"],
+        ).logits
+        start = len(request["input_ids"]) - 1
+        chances = torch.log_softmax(logits[0, start:-1], -1)
+        expected = chances.gather(1, torch.tensor(candidate.token_ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(
+            torch.tensor(candidate.log_probs), expected, rtol=1e-3, atol=1e-3
+        )
+        assert candidate.score == pytest.approx(sum(candidate.log_probs) / len(candidate.log_probs))
+
+
+def test_samples_are_reproducible_and_differ(model):
+    requests = requests_of(51, count=3)
+
+    def sample(seed, batch_size):
+        searcher = BeamSearcher(
+            model, None, 1, 4, 8, do_sample=True, temperature=2.0, seed=seed, batch_size=batch_size
+        )
+        return [[c.token_ids for c in r.candidates] for r in searcher.generate(requests)]
+
+    assert sample(0, 3) == sample(0, 1)
+    assert sample(0, 3) != sample(1, 3)
+    assert len({tuple(t) for t in sample(0, 3)[0]}) > 1
+
+
+def test_diverse_groups_differ_at_the_first_step(model):
+    (result,) = BeamSearcher(
+        model, None, 4, 4, 6, num_beam_groups=4, diversity_penalty=1e4
+    ).generate(requests_of(61, count=1))
+    assert len({c.token_ids[0] for c in result.candidates}) == 4
+
+
+def test_prompt_is_stored_once(model):
+    from clinkd.generate.cache import PrefixCache
+
+    keys = [torch.randn(2, 30, 16) for _ in range(2)]
+    cache = PrefixCache(slots=1, hypotheses=3, prefix=30, steps=4)
+    cache.admit(0, keys, keys)
+    places = 30 + 3 * 4
+    assert cache.nbytes == 2 * 2 * 2 * places * 16 * 4  # layers, k and v, heads, places, D, fp32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": list(range(2, 80)) * 7}, "exceed the model's context of 512"),
+        ({"image_grid_thw": torch.tensor([[1, 2, 2]])}, "image tokens, its images make 1"),
+        ({"input_ids": []}, "prompt is empty"),
+    ],
+)
+def test_a_bad_request_fails_alone(model, change, message):
+    good = requests_of(71, count=2, images=(1,))
+    bad = {k: v for k, v in good[0].items() if "input_ids" not in change or k == "id"} | change
+    results = BeamSearcher(model, None, 3, 3, 5).generate([good[0], bad, good[1]])
+    assert message in results[1].error
+    assert results[1].candidates == []
+    assert all(len(r.candidates) == 3 and r.error is None for r in (results[0], results[2]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 17}, "num_beams must be 1 to 16, got 17"),
+        ({"num_beams": 2, "num_samples": 3}, "num_samples must be 1 to 2, got 3"),
+        ({"num_beams": 3, "num_beam_groups": 2}, "num_beam_groups must divide"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+    ],
+)
+def test_settings_are_checked(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        BeamSearcher(model, None, **settings)
+
+
+def test_no_processor(model):
+    (result,) = BeamSearcher(model, None).generate([{"id": "a", "question": "what?"}])
+    assert "needs a processor" in result.error
