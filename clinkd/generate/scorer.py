@@ -1,0 +1,152 @@
+"""CLIP models that judge how well a text fits an image."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clinkd.data.boxes import strip_boxes
+from clinkd.errors import ConfigError
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+class ClipScorer:
+    """Cosine between an image and texts, by an open_clip or a transformers CLIP or SigLIP model.
+
+    Boxes and markup are taken out of the texts first. A text longer than the model's window is
+    scored sentence by sentence and the mean taken; `long_texts` counts those.
+    """
+
+    def __init__(self, backend: "_OpenClip | _Transformers") -> None:
+        self.backend = backend
+        self.long_texts = 0
+
+    @classmethod
+    def load(cls, name: str, device: str | torch.device = "cpu") -> "ClipScorer":
+        """Load a scorer.
+
+        Args:
+            name: `local-dir:FOLDER` or a folder in open_clip's layout (`open_clip_config.json` beside
+                the weights, as BiomedCLIP has it), a folder of a transformers CLIP or SigLIP model,
+                `hf-hub:OWNER/MODEL`, or an open_clip `ARCHITECTURE/PRETRAINED`.
+
+        Raises:
+            ConfigError: nothing of that name.
+        """
+        folder = Path(name.removeprefix("local-dir:"))
+        if (folder / "open_clip_config.json").is_file():
+            return cls(_OpenClip(f"local-dir:{folder}", None, device))
+        if (folder / "config.json").is_file():
+            return cls(_Transformers(folder, device))
+        if name.startswith("local-dir:") or folder.is_dir():
+            raise ConfigError(
+                f"scorer {name!r}: the folder holds neither open_clip_config.json nor config.json"
+            )
+        if name.startswith("hf-hub:"):
+            return cls(_OpenClip(name, None, device))
+        architecture, _, pretrained = name.partition("/")
+        if not pretrained:
+            raise ConfigError(
+                f"scorer {name!r}: write local-dir:FOLDER, hf-hub:OWNER/MODEL or "
+                "ARCHITECTURE/PRETRAINED, as in ViT-B-32/openai"
+            )
+        return cls(_OpenClip(architecture, pretrained, device))
+
+    @torch.no_grad()
+    def score(self, image: Image.Image, texts: Sequence[str]) -> list[float]:
+        """Raw cosine of each text with the image; NaN where the model yields it.
+
+        The image is encoded once, all sentences in one batch.
+        """
+        parts = [self._parts(strip_boxes(text)) for text in texts]
+        flat = [part for each in parts for part in each]
+        if not flat:
+            return []
+        image_vector = torch.nn.functional.normalize(self.backend.image(image).float(), dim=-1)
+        text_vectors = torch.nn.functional.normalize(self.backend.texts(flat).float(), dim=-1)
+        cosines = (text_vectors @ image_vector).tolist()
+        out, start = [], 0
+        for each in parts:
+            mean = sum(cosines[start : start + len(each)]) / len(each)
+            out.append(mean if math.isfinite(mean) else math.nan)
+            start += len(each)
+        return out
+
+    def _parts(self, text: str) -> list[str]:
+        """The text, or its sentences where it does not fit into the model's window."""
+        if self.backend.fits(text):
+            return [text]
+        self.long_texts += 1
+        return [sentence for sentence in _SENTENCE_END.split(text) if sentence] or [text]
+
+
+class _OpenClip:
+    def __init__(self, name: str, pretrained: str | None, device: str | torch.device) -> None:
+        try:
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=pretrained, device=device
+            )
+            self.tokenizer = open_clip.get_tokenizer(name)
+        except (RuntimeError, ValueError, OSError, KeyError) as error:
+            raise ConfigError(f"scorer {name!r} cannot be loaded: {error}") from error
+        self.model: Any = model.eval()
+        self.preprocess: Any = preprocess
+        self.device = device
+
+    def fits(self, text: str) -> bool:
+        """Whether cutting at the window would lose nothing: a longer window gives no more tokens."""
+        context = int(getattr(self.tokenizer, "context_length", 77))
+        longer = self.tokenizer([text], context_length=4 * context)
+        return int((longer != 0).sum()) <= context
+
+    def image(self, image: Image.Image) -> Tensor:
+        pixels = self.preprocess(image.convert("RGB")).unsqueeze(0).to(self.device)
+        vector: Tensor = self.model.encode_image(pixels)[0]
+        return vector
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        vectors: Tensor = self.model.encode_text(self.tokenizer(list(texts)).to(self.device))
+        return vectors
+
+
+class _Transformers:
+    def __init__(self, folder: Path, device: str | torch.device) -> None:
+        from transformers import AutoModel, AutoProcessor
+
+        self.model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+        if not hasattr(self.model, "get_image_features"):
+            raise ConfigError(f"scorer {folder}: {type(self.model).__name__} is no CLIP or SigLIP")
+        self.processor: Any = AutoProcessor.from_pretrained(folder)
+        self.device = device
+        self.context = int(self.model.config.text_config.max_position_embeddings)
+
+    def fits(self, text: str) -> bool:
+        return len(self.processor.tokenizer(text, verbose=False).input_ids) <= self.context
+
+    def image(self, image: Image.Image) -> Tensor:
+        inputs = self.processor(images=image.convert("RGB"), return_tensors="pt").to(self.device)
+        return _vector(self.model.get_image_features(**inputs))[0]
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        # SigLIP was trained with texts padded to the window; CLIP masks padding, so it may be too
+        inputs = self.processor(
+            text=list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.context,
+            return_tensors="pt",
+        ).to(self.device)
+        return _vector(self.model.get_text_features(**inputs))
+
+
+def _vector(features: Any) -> Tensor:
+    """transformers returns a tensor, or an output that holds it as its pooled state."""
+    tensor: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return tensor
