@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from clinkd.errors import ConfigError
 from clinkd.ops.reference.rotary import angles
-from clinkd.ops.rotary import resolve
+from clinkd.ops.rotary import resolve_rotary
 from clinkd.rotary import PositionConfig, RotarySpec
 
 IMPLS = ("auto", "reference", "cpu", "cuda", "eager")
@@ -87,7 +87,7 @@ class _Rotary(nn.Module):
         """`positions` [A, ..., S] for a kernel; for the reference also cosine and sine, once."""
         if self.impl == "eager":
             return self._eager(positions)
-        if resolve(self.impl, positions.device) != "reference":
+        if resolve_rotary(self.impl, positions.device, dtype) != "reference":
             return (positions,)
         return (positions, *angles(positions, self.spec, torch.promote_types(dtype, torch.float32)))
 

@@ -1,5 +1,9 @@
 """Rotary embedding with real-valued positions on several axes."""
 
+import importlib
+import importlib.util
+import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +17,8 @@ LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped
 _ARGUMENTS = "Tensor positions, int spec, bool inverse, str impl"
 torch.library.define("clinkd::rotary", f"(Tensor x, {_ARGUMENTS}) -> Tensor", lib=LIBRARY)
 torch.library.define("clinkd::rotary_", f"(Tensor(a!) x, {_ARGUMENTS}) -> ()", lib=LIBRARY)
+IMPLS = ("auto", "reference", "cpu", "cuda")
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/rotary.h
 
 
 def rotary(
@@ -32,7 +38,7 @@ def rotary(
         spec: axis and speed of each pair.
         inverse: turn back.
         inplace: write into x and return it; x must not need a gradient.
-        impl: "auto", "reference" or "cpu".
+        impl: "auto", "reference", "cpu" or "cuda".
 
     Returns:
         x's shape and dtype.
@@ -41,8 +47,8 @@ def rotary(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: an explicit `impl` that cannot run here.
     """
-    _check(x, positions, spec)
-    impl = resolve(impl, x.device)
+    check_rotary("x", x, positions, spec)
+    impl = resolve_rotary(impl, x.device, x.dtype)
     if not inplace:
         out: Tensor = torch.ops.clinkd.rotary(x, positions, spec.key, inverse, impl)
         return out
@@ -52,24 +58,55 @@ def rotary(
     return x
 
 
-def resolve(impl: str, device: torch.device) -> str:
-    """The implementation that runs for tensors on `device`.
+def resolve_rotary(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs for such tensors.
 
     Raises:
         ValueError: an unknown name.
+        RuntimeError: an explicit one that cannot run here.
     """
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl must be 'auto' or 'reference', got {impl!r}")
-    return "reference"
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        native = "cuda" if device.type == "cuda" else "cpu"
+        return native if why_not(native, device, dtype) is None else "reference"
+    if reason := why_not(impl, device, dtype):
+        raise RuntimeError(f"impl={impl!r} cannot run here: {reason}")
+    return impl
 
 
-def _check(x: Tensor, positions: Tensor, spec: RotarySpec) -> None:
+def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an implementation cannot run for such tensors; None where it can."""
+    if impl == "reference":
+        return None
+    if device.type != impl:
+        return f"it takes {impl} tensors, got {device.type}"
+    if dtype not in TYPES:
+        return f"it takes float32, float16 and bfloat16, got {dtype}"
+    extension = native()
+    if not hasattr(extension, f"rotary_{impl}"):
+        return (
+            f"this installation has no rotary_{impl}: clinkd._C was built without it, or not built"
+        )
+    return None
+
+
+@lru_cache(maxsize=1)
+def native() -> Any:
+    """The compiled extension, or None where it was not built."""
+    if importlib.util.find_spec("clinkd._C") is None:
+        return None
+    return importlib.import_module("clinkd._C")
+
+
+def check_rotary(name: str, x: Tensor, positions: Tensor, spec: RotarySpec) -> None:
+    """Raise unless x, called `name`, and its positions fit the spec."""
     if x.dim() not in (3, 4):
-        raise ValueError(f"x must be [B, S, H, D] or [N, H, D], got shape {tuple(x.shape)}")
-    check_float("x", x, x.dim(), "")
+        raise ValueError(f"{name} must be [B, S, H, D] or [N, H, D], got shape {tuple(x.shape)}")
+    check_float(name, x, x.dim(), "")
     if x.shape[-1] != spec.head_dim:
         raise ValueError(
-            f"x must have the spec's head_dim {spec.head_dim} as its last size, "
+            f"{name} must have the spec's head_dim {spec.head_dim} as its last size, "
             f"got shape {tuple(x.shape)}"
         )
     check_positions("positions", positions, x.shape[:-2], spec, x.device)
@@ -78,15 +115,15 @@ def _check(x: Tensor, positions: Tensor, spec: RotarySpec) -> None:
 def check_positions(
     name: str, positions: Tensor, tokens: torch.Size, spec: RotarySpec, device: torch.device
 ) -> None:
-    """float32 on x's device, [A, *tokens], with an axis for each that the spec names."""
-    if positions.dtype not in (torch.float32, torch.float64):
+    """Raise unless float32 on this device, [A, *tokens], with every axis that the spec names."""
+    if positions.dtype != torch.float32:
         raise TypeError(
-            f"{name} must be float32, which bfloat16 and float16 cannot stand in for "
-            f"(they round positions above 128 and 2,048), got {positions.dtype}"
+            f"{name} must be float32, got {positions.dtype}: use positions.float(), and never "
+            "hold them in bfloat16 or float16, which round from 128 and 1,024 on"
         )
-    if positions.shape[1:] != tokens or positions.dim() != len(tokens) + 1:
+    if positions.dim() != len(tokens) + 1 or positions.shape[1:] != tokens:
         raise ValueError(
-            f"{name} must be [A, {', '.join(str(n) for n in tokens)}] like x's tokens, "
+            f"{name} must be [A, {', '.join(str(n) for n in tokens)}], one a token, "
             f"got shape {tuple(positions.shape)}"
         )
     if positions.shape[0] < spec.axes:
@@ -94,17 +131,68 @@ def check_positions(
             f"{name} must have the spec's {spec.axes} axes first, got {positions.shape[0]}"
         )
     if positions.device != device:
-        raise ValueError(f"{name} must be on x's device {device}, got {positions.device}")
+        raise ValueError(f"{name} must be on {device}, got {positions.device}")
 
 
-@torch.library.impl(LIBRARY, "rotary", "CompositeExplicitAutograd")
+@lru_cache(maxsize=256)
+def spec_tensors(spec: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Axis int32, and speed in quarter turns as a sum of two float32, each [R]."""
+    known = RotarySpec.known[spec]
+    speed = torch.tensor(known.inv_freq, dtype=torch.float64) * (2 / math.pi)
+    hi = speed.float()
+    lo = (speed - hi).float()
+    axis = torch.tensor(known.axis, dtype=torch.int32)
+    return axis.to(device), hi.to(device), lo.to(device)
+
+
+def _launch(x: Tensor, out: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> None:
+    """Run the C++ or CUDA kernel from x to out, whose components lie side by side."""
+    known = RotarySpec.known[spec]
+    if x.dim() == 3:  # packed: one row
+        x, out, positions = x[None], out[None], positions[:, None]
+    axis, hi, lo = spec_tensors(spec, x.device)
+    arguments = (
+        x.data_ptr(),
+        out.data_ptr(),
+        positions.data_ptr(),
+        axis.data_ptr(),
+        hi.data_ptr(),
+        lo.data_ptr(),
+        x.shape,
+        x.stride()[:3],
+        out.stride()[:3],
+        positions.stride(),
+        known.pairs,
+        known.pair_stride,
+        inverse,
+        TYPES[x.dtype],
+    )
+    if impl == "cpu":
+        native().rotary_cpu(*arguments, torch.get_num_threads())
+        return
+    with torch.cuda.device(x.device):
+        error = native().rotary_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+    if error:
+        raise RuntimeError(f"the rotary kernel could not start: CUDA error {error}")
+
+
 def _rotary(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> Tensor:
-    return reference_rotary(x, positions, RotarySpec.known[spec], inverse=inverse).contiguous()
+    if impl == "reference":
+        found = reference_rotary(x, positions, RotarySpec.known[spec], inverse=inverse)
+        return found.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.numel() > 0:
+        _launch(x, out, positions, spec, inverse, impl)
+    return out
 
 
-@torch.library.impl(LIBRARY, "rotary_", "CompositeExplicitAutograd")
 def _rotary_inplace(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> None:
-    x.copy_(reference_rotary(x, positions, RotarySpec.known[spec], inverse=inverse))
+    if impl == "reference" or x.stride(-1) != 1:
+        x.copy_(_rotary(x, positions, spec, inverse, impl))
+    elif x.numel() > 0:
+        _launch(x, x, positions, spec, inverse, impl)
 
 
 def _rotary_fake(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> Tensor:
@@ -127,6 +215,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.clinkd.rotary(grad, positions, spec, not inverse, impl), None, None, None, None
 
 
+_KEY = "CompositeExplicitAutograd"
+torch.library.impl("clinkd::rotary", _KEY, _rotary, lib=LIBRARY)
+torch.library.impl("clinkd::rotary_", _KEY, _rotary_inplace, lib=LIBRARY)
 torch.library.register_fake("clinkd::rotary", _rotary_fake, lib=LIBRARY)
 torch.library.register_fake("clinkd::rotary_", _rotary_inplace_fake, lib=LIBRARY)
 torch.library.register_autograd("clinkd::rotary", _backward, setup_context=_save, lib=LIBRARY)

@@ -1,0 +1,70 @@
+// Python's way to the rotary kernels: pointers, sizes and strides as integers.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "rotary.h"
+
+namespace clinkd {
+namespace {
+
+using Strides = std::array<int64_t, 3>;
+
+RotaryArgs arguments(uintptr_t x, uintptr_t out, uintptr_t positions, uintptr_t axis, uintptr_t hi,
+                     uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& x_stride,
+                     const Strides& out_stride, const Strides& positions_stride, int pairs,
+                     int pair_stride, bool inverse, int type) {
+  RotaryArgs a;
+  a.x = reinterpret_cast<const void*>(x);
+  a.out = reinterpret_cast<void*>(out);
+  a.positions = reinterpret_cast<const float*>(positions);
+  a.axis = reinterpret_cast<const int32_t*>(axis);
+  a.hi = reinterpret_cast<const float*>(hi);
+  a.lo = reinterpret_cast<const float*>(lo);
+  a.batch = shape[0];
+  a.tokens = shape[1];
+  a.heads = shape[2];
+  a.head_dim = shape[3];
+  for (int i = 0; i < 3; ++i) {
+    a.x_stride[i] = x_stride[i];
+    a.out_stride[i] = out_stride[i];
+    a.positions_stride[i] = positions_stride[i];
+  }
+  a.pairs = pairs;
+  a.pair_stride = pair_stride;
+  a.inverse = inverse;
+  a.type = type;
+  return a;
+}
+
+}  // namespace
+
+void bind_rotary(pybind11::module_& m) {
+  m.def("rotary_cpu",
+        [](uintptr_t x, uintptr_t out, uintptr_t positions, uintptr_t axis, uintptr_t hi,
+           uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& x_stride,
+           const Strides& out_stride, const Strides& positions_stride, int pairs, int pair_stride,
+           bool inverse, int type, int threads) {
+          const RotaryArgs a = arguments(x, out, positions, axis, hi, lo, shape, x_stride,
+                                         out_stride, positions_stride, pairs, pair_stride, inverse,
+                                         type);
+          pybind11::gil_scoped_release release;
+          rotary_cpu(a, threads);
+        });
+#ifdef CLINKD_WITH_CUDA
+  m.def("rotary_cuda",
+        [](uintptr_t x, uintptr_t out, uintptr_t positions, uintptr_t axis, uintptr_t hi,
+           uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& x_stride,
+           const Strides& out_stride, const Strides& positions_stride, int pairs, int pair_stride,
+           bool inverse, int type, uintptr_t stream) {
+          return rotary_cuda(arguments(x, out, positions, axis, hi, lo, shape, x_stride,
+                                       out_stride, positions_stride, pairs, pair_stride, inverse,
+                                       type),
+                             reinterpret_cast<void*>(stream));
+        });
+#endif
+}
+
+}  // namespace clinkd

@@ -1,0 +1,164 @@
+// Rotary embedding on the CPU: sine and cosine once for a pair and token, shared by all heads.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#include "rotary.h"
+#include "rotary_angle.h"
+#include "vectors.h"
+
+namespace clinkd {
+namespace {
+
+constexpr int kMaxPairs = 128;
+// under so many components a second thread costs more than it saves
+constexpr int64_t kComponentsPerThread = 16384;
+// outputs of this size do not stay in a core's own caches, so reading them for a write is a loss
+constexpr int64_t kStreamBytes = 4 << 20;
+
+// Factors of one token, for the layout of its heads.
+struct Factors {
+  alignas(64) float cos[2 * kMaxPairs];
+  alignas(64) float sin[2 * kMaxPairs];
+};
+
+// Cosine and sine of every pair, the sine with the sign of the direction. Where the components of a
+// pair are neighbours they are laid out for `x * cos + swapped(x) * sin`: twice each, first -sin.
+CLINKD_INLINE void angles(const RotaryArgs& a, const float* positions, Factors& f) {
+  alignas(64) float position[kMaxPairs], cos[kMaxPairs], sin[kMaxPairs];
+  const float sign = a.inverse ? -1.0f : 1.0f;
+  for (int i = 0; i < a.pairs; ++i) position[i] = positions[a.axis[i] * a.positions_stride[0]];
+  float* c = a.pair_stride == 1 ? cos : f.cos;
+  float* s = a.pair_stride == 1 ? sin : f.sin;
+#pragma omp simd
+  for (int i = 0; i < a.pairs; ++i) {
+    float pair_cos, pair_sin;
+    cos_sin(position[i], a.hi[i], a.lo[i], pair_cos, pair_sin);
+    c[i] = pair_cos;
+    s[i] = pair_sin * sign;
+  }
+  if (a.pair_stride != 1) return;
+  for (int i = 0; i < a.pairs; ++i) {
+    f.cos[2 * i] = f.cos[2 * i + 1] = cos[i];
+    f.sin[2 * i] = -sin[i];
+    f.sin[2 * i + 1] = sin[i];
+  }
+}
+
+// W pairs at distance n. Both components are read before one is written: `out` may be `x`.
+template <int W, typename T>
+CLINKD_INLINE void turn_pairs(const T* x, T* out, const float* cos, const float* sin, int n) {
+  const Floats<W> first = load<W>(x), second = load<W>(x + n);
+  const Floats<W> c = load<W>(cos), s = load<W>(sin);
+  store<W>(out, first * c - second * s);
+  store<W>(out + n, first * s + second * c);
+}
+
+// W components whose neighbours are their partners.
+template <int W, typename T>
+CLINKD_INLINE void turn_neighbours(const T* x, T* out, const float* cos, const float* sin) {
+  const Floats<W> both = load<W>(x);
+  store<W>(out, both * load<W>(cos) + swap_neighbours<W>(both) * load<W>(sin));
+}
+
+template <typename T>
+CLINKD_INLINE void turn_head(const T* x, T* out, const Factors& f, int pairs, int n) {
+  if (n == 1) {
+    int i = 0;
+    for (; i + 16 <= 2 * pairs; i += 16) turn_neighbours<16>(x + i, out + i, f.cos + i, f.sin + i);
+    for (; i < 2 * pairs; i += 2) turn_neighbours<2>(x + i, out + i, f.cos + i, f.sin + i);
+    return;
+  }
+  for (int i = 0; i < pairs; i += n) {
+    int j = 0;
+    for (; j + 16 <= n; j += 16)
+      turn_pairs<16>(x + 2 * i + j, out + 2 * i + j, f.cos + i + j, f.sin + i + j, n);
+    for (; j + 4 <= n; j += 4)
+      turn_pairs<4>(x + 2 * i + j, out + 2 * i + j, f.cos + i + j, f.sin + i + j, n);
+    for (; j < n; ++j)
+      turn_pairs<1>(x + 2 * i + j, out + 2 * i + j, f.cos + i + j, f.sin + i + j, n);
+  }
+}
+
+// Whether to write past the caches: not in place, too large for them, every head on a cache line.
+template <typename T>
+CLINKD_INLINE bool can_stream(const RotaryArgs& a) {
+#ifdef __SSE2__
+  const int64_t bytes = a.batch * a.tokens * a.heads * a.head_dim * sizeof(T);
+  int64_t apart = reinterpret_cast<uintptr_t>(a.out) | 2 * a.pairs * sizeof(T);
+  for (int64_t stride : a.out_stride) apart |= stride * sizeof(T);
+  return a.out != a.x && bytes >= kStreamBytes && apart % 64 == 0;
+#else
+  return false;
+#endif
+}
+
+// Write 16 bytes at a time without reading the lines first.
+CLINKD_INLINE void stream_out(void* to, const void* from, int64_t bytes) {
+#ifdef __SSE2__
+  const __m128i* source = static_cast<const __m128i*>(from);
+  __m128i* target = static_cast<__m128i*>(to);
+  for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_load_si128(source + i));
+#endif
+}
+
+template <typename T>
+CLINKD_INLINE void turn_tokens(const RotaryArgs& a, int64_t begin, int64_t end) {
+  Factors factors;
+  alignas(64) T buffer[2 * kMaxPairs];
+  const bool stream = can_stream<T>(a);
+  const int64_t rest = a.head_dim - 2 * a.pairs;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t b = token / a.tokens, s = token % a.tokens;
+    angles(a, a.positions + b * a.positions_stride[1] + s * a.positions_stride[2], factors);
+    const T* x = static_cast<const T*>(a.x) + b * a.x_stride[0] + s * a.x_stride[1];
+    T* out = static_cast<T*>(a.out) + b * a.out_stride[0] + s * a.out_stride[1];
+    for (int64_t h = 0; h < a.heads; ++h) {
+      const T* head = x + h * a.x_stride[2];
+      T* turned = out + h * a.out_stride[2];
+      if (stream) {
+        turn_head(head, buffer, factors, a.pairs, a.pair_stride);
+        stream_out(turned, buffer, 2 * a.pairs * sizeof(T));
+      } else {
+        turn_head(head, turned, factors, a.pairs, a.pair_stride);
+      }
+      if (rest > 0 && head != turned)
+        std::memcpy(turned + 2 * a.pairs, head + 2 * a.pairs, rest * sizeof(T));
+    }
+  }
+#ifdef __SSE2__
+  if (stream) _mm_sfence();
+#endif
+}
+
+CLINKD_CLONES void turn_float32(const RotaryArgs& a, int64_t begin, int64_t end) {
+  turn_tokens<float>(a, begin, end);
+}
+CLINKD_CLONES void turn_float16(const RotaryArgs& a, int64_t begin, int64_t end) {
+  turn_tokens<Float16>(a, begin, end);
+}
+CLINKD_CLONES void turn_bfloat16(const RotaryArgs& a, int64_t begin, int64_t end) {
+  turn_tokens<BFloat16>(a, begin, end);
+}
+
+}  // namespace
+
+void rotary_cpu(const RotaryArgs& args, int threads) {
+  auto turn = args.type == kRotaryFloat32   ? turn_float32
+              : args.type == kRotaryFloat16 ? turn_float16
+                                            : turn_bfloat16;
+  const int64_t tokens = args.batch * args.tokens;
+  const int64_t work = tokens * args.heads * args.head_dim;
+  const int64_t parts = std::min<int64_t>({threads, tokens, work / kComponentsPerThread});
+  if (parts <= 1) return turn(args, 0, tokens);
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+  for (int64_t part = 0; part < parts; ++part)
+    turn(args, tokens * part / parts, tokens * (part + 1) / parts);
+}
+
+}  // namespace clinkd
