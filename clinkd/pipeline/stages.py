@@ -18,7 +18,9 @@ from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
 from clinkd.progress import Update
 from clinkd.rotary import PositionConfig
-from clinkd.train.correction import correct_records, make_corrector, make_similarity, write_round
+from clinkd.train.correction.correct import correct_records, write_round
+from clinkd.train.correction.similarity import make_similarity
+from clinkd.train.correctors import make_corrector
 from clinkd.train.log import MetricsLog
 from clinkd.train.trainer import Job, train
 

@@ -1,0 +1,1 @@
+"""Reflective correction: weak answers, rewritten after the truth, become training data."""
