@@ -1,0 +1,277 @@
+"""Attention of one decode step for hypotheses that share one prompt."""
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from clinkd.ops._checks import check_float
+from clinkd.ops.reference.prefix_decode_attention import default_visible
+from clinkd.ops.reference.prefix_decode_attention import prefix_decode_attention as reference
+
+LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
+_NAME = "clinkd::prefix_decode_attention"
+torch.library.define(
+    _NAME,
+    "(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor suffix_k, Tensor suffix_v, "
+    "Tensor? prefix_lengths, Tensor suffix_lengths, Tensor? visible, float scale, str impl) "
+    "-> Tensor",
+    lib=LIBRARY,
+)
+IMPLS = ("auto", "reference", "cpu", "triton")
+
+
+def prefix_decode_attention(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    *,
+    suffix_lengths: Tensor,
+    prefix_lengths: Tensor | None = None,
+    visible: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attend from every hypothesis to its question's prompt and its own suffix.
+
+    The prompt's keys and values are stored and read once for all hypotheses of a question. Formula:
+    `clinkd.ops.reference.prefix_decode_attention`. There is no gradient. On a GPU nothing waits for
+    the device, and a captured CUDA graph stays right while lengths and places change.
+
+    Args:
+        q: [B, K, Hq, D], rotated.
+        prefix_k, prefix_v: [B, Hkv, P, D].
+        suffix_k, suffix_v: [B, Hkv, M, D].
+        suffix_lengths: [B] int32 or int64.
+        prefix_lengths: [B] int32 or int64; default: all P.
+        visible: [B, K, M] bool; default: hypothesis k sees places k, k + K, k + 2 K, …
+        scale: default `D ** -0.5`.
+        impl: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        [B, K, Hq, D] in q's dtype; NaN for a hypothesis that sees nothing.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: an explicit `impl` that cannot run here.
+    """
+    _check(q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths, prefix_lengths, visible)
+    out: Tensor = torch.ops.clinkd.prefix_decode_attention(
+        q,
+        prefix_k,
+        prefix_v,
+        suffix_k,
+        suffix_v,
+        prefix_lengths,
+        suffix_lengths,
+        visible,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        resolve_prefix_decode(impl, q.device, q.dtype),
+    )
+    return out
+
+
+def resolve_prefix_decode(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs for such tensors.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: an explicit one that cannot run here.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        native = "triton" if device.type == "cuda" else "cpu"
+        return native if why_not(native, device, dtype) is None else "reference"
+    if reason := why_not(impl, device, dtype):
+        raise RuntimeError(f"impl={impl!r} cannot run here: {reason}")
+    return impl
+
+
+def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an implementation cannot run for such tensors; None where it can."""
+    if impl == "reference":
+        return None
+    if impl == "cpu":
+        return None if device.type == "cpu" else f"it takes cpu tensors, got {device.type}"
+    if not _has_triton():
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "it takes float32, float16 and bfloat16, got torch.float64"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"it takes cuda tensors (or TRITON_INTERPRET=1), got {device.type}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    suffix_lengths: Tensor,
+    prefix_lengths: Tensor | None,
+    visible: Tensor | None,
+) -> None:
+    check_float("q", q, 4, "[B, K, Hq, D]")
+    B, K, Hq, D = q.shape
+    Hkv = prefix_k.shape[1] if prefix_k.dim() == 4 else 0
+    for name, key, value, room in (
+        ("prefix", prefix_k, prefix_v, "P"),
+        ("suffix", suffix_k, suffix_v, "M"),
+    ):
+        for tensor, suffix in ((key, "k"), (value, "v")):
+            fits = tensor.dim() == 4 and (*tensor.shape[:2], tensor.shape[3]) == (B, Hkv, D)
+            if not fits or tensor.shape != key.shape:
+                raise ValueError(
+                    f"{name}_{suffix} must be [B, Hkv, {room}, D] = [{B}, {Hkv}, {room}, {D}], "
+                    f"got shape {tuple(tensor.shape)}"
+                )
+            if tensor.dtype != q.dtype:
+                raise TypeError(f"{name}_{suffix} must be {q.dtype} as q, got {tensor.dtype}")
+            if torch.is_grad_enabled() and tensor.requires_grad:
+                raise ValueError(f"{name}_{suffix} must not need a gradient: decoding has none")
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise ValueError("q must not need a gradient: decoding has none; use torch.no_grad()")
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(f"q's Hq = {Hq} must be a multiple of prefix_k's Hkv = {Hkv}")
+    for name, lengths in (("suffix_lengths", suffix_lengths), ("prefix_lengths", prefix_lengths)):
+        if lengths is None:
+            continue
+        if lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
+        if lengths.shape != (B,):
+            raise ValueError(f"{name} must be [B] = [{B}], got shape {tuple(lengths.shape)}")
+    if visible is not None:
+        if visible.dtype != torch.bool:
+            raise TypeError(f"visible must be bool, got {visible.dtype}")
+        if visible.shape != (B, K, suffix_k.shape[2]):
+            raise ValueError(
+                f"visible must be [B, K, M] = [{B}, {K}, {suffix_k.shape[2]}], "
+                f"got shape {tuple(visible.shape)}"
+            )
+
+
+def _cpu(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    prefix_lengths: Tensor | None,
+    suffix_lengths: Tensor,
+    visible: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Two matrix products a part, hypotheses × query heads of a key-value head as their rows."""
+    B, K, Hq, D = q.shape
+    Hkv, M = prefix_k.shape[1], suffix_k.shape[2]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    # lengths lie on the host: no place beyond them is touched
+    used = int(suffix_lengths.max()) if B else 0
+    shortest = longest = prefix_k.shape[2]
+    if prefix_lengths is not None and B:
+        shortest, longest = (int(n) for n in prefix_lengths.aminmax())
+    P = longest
+    keys = [prefix_k[:, :, :P].to(compute), suffix_k[:, :, :used].to(compute)]
+    values = [prefix_v[:, :, :P].to(compute), suffix_v[:, :, :used].to(compute)]
+
+    rows = q.to(compute).unflatten(2, (Hkv, Hq // Hkv)).transpose(1, 2)  # [B, Hkv, K, G, D]
+    rows = (rows * scale).reshape(B, Hkv, K * (Hq // Hkv), D)
+    scores = torch.empty(B, Hkv, rows.shape[2], P + used, dtype=compute)
+    scores[..., :P] = rows @ keys[0].transpose(-1, -2)
+    scores[..., P:] = rows @ keys[1].transpose(-1, -2)
+    if shortest < P and prefix_lengths is not None:
+        beyond = torch.arange(P) >= prefix_lengths[:, None]
+        scores[..., :P].masked_fill_(beyond[:, None, None], float("-inf"))
+        values[0] = values[0].masked_fill(beyond[:, None, :, None], 0.0)
+    seen = default_visible(B, K, M, q.device) if visible is None else visible
+    hidden = ~(seen[..., :used] & (torch.arange(used) < suffix_lengths[:, None])[:, None])
+    by_hypothesis = scores.unflatten(2, (K, Hq // Hkv))[..., P:]  # [B, Hkv, K, G, used]
+    by_hypothesis.masked_fill_(hidden[:, None, :, None], float("-inf"))
+    nobody = hidden.all(dim=1)
+    if bool(nobody.any()):  # such places may be uninitialised: 0 * NaN must not reach the sum
+        values[1] = values[1].masked_fill(nobody[:, None, :, None], 0.0)
+    weights = scores.softmax(dim=-1)
+    out = weights[..., :P] @ values[0] + weights[..., P:] @ values[1]
+    out = out.unflatten(2, (K, Hq // Hkv)).transpose(1, 2)  # [B, K, Hkv, G, D]
+    return out.reshape(B, K, Hq, D).to(q.dtype)
+
+
+def _triton(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    prefix_lengths: Tensor | None,
+    suffix_lengths: Tensor,
+    visible: Tensor | None,
+    scale: float,
+) -> Tensor:
+    from clinkd.kernels.prefix_decode_attention import launch  # here: ops need torch alone
+
+    B, K = q.shape[:2]
+    if prefix_lengths is None:
+        prefix_lengths = torch.full((B,), prefix_k.shape[2], dtype=torch.int32, device=q.device)
+    if visible is None:
+        visible = default_visible(B, K, suffix_k.shape[2], q.device)
+    return launch(
+        q if q.stride(-1) == 1 else q.contiguous(),
+        *_like_strides(prefix_k, prefix_v),
+        *_like_strides(suffix_k, suffix_v),
+        prefix_lengths.int(),
+        suffix_lengths.int(),
+        visible.contiguous(),
+        scale,
+    )
+
+
+def _like_strides(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with equal strides and components side by side, copied only if they differ."""
+    if key.stride(-1) == 1 and key.stride() == value.stride():
+        return key, value
+    return key.contiguous(), value.contiguous()
+
+
+def _run(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    prefix_lengths: Tensor | None,
+    suffix_lengths: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    parts = (q, prefix_k, prefix_v, suffix_k, suffix_v)
+    if impl == "reference":
+        return reference(
+            *parts,
+            suffix_lengths=suffix_lengths,
+            prefix_lengths=prefix_lengths,
+            visible=visible,
+            scale=scale,
+        ).contiguous()
+    run = _cpu if impl == "cpu" else _triton
+    return run(*parts, prefix_lengths, suffix_lengths, visible, scale)
+
+
+def _fake(q: Tensor, *_: object) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+torch.library.impl(_NAME, "CompositeExplicitAutograd", _run, lib=LIBRARY)
+torch.library.register_fake(_NAME, _fake, lib=LIBRARY)
