@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoProcessor, PreTrainedModel
 
-from clinkd import evaluate, generate, models, report
+from clinkd import generate, models, report
 from clinkd.config import DEMO, CorrectConfig, RunConfig, TrainConfig
 from clinkd.data.checks import require_sound
 from clinkd.data.files import write_jsonl
-from clinkd.data.records import Record, read_records, write_records
+from clinkd.data.records import Record, Turn, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
+from clinkd.evaluate.run import evaluate_run
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
 from clinkd.progress import Update
@@ -131,7 +133,8 @@ def _hard_labels(folder: RunFolder, records: Sequence[Record], least: float) -> 
         row = json.loads(line)
         if row["confidence"] >= least and row["response"].strip():
             record = by_id[row["id"]]
-            out.append(record.with_answer(row["response"], id=f"{record.id}#pseudo"))
+            turns = (*record.conversations[:-1], Turn("gpt", row["response"]))
+            out.append(replace(record, id=f"{record.id}#pseudo", conversations=turns))
     return out
 
 
@@ -233,12 +236,15 @@ def generate_answers(folder: RunFolder, progress: Update) -> str:
 
 def evaluate_answers(folder: RunFolder, progress: Update) -> str:
     """Score every model and the trivial baselines by the chosen protocol."""
-    metrics = evaluate.evaluate_run(
+    settings = folder.config.evaluate
+    metrics = evaluate_run(
         folder.path,
-        protocol=folder.config.evaluate.protocol,
+        protocol_name=settings.protocol,
         test_records=read_records(folder.data("test")),
         train_records=read_records(folder.data("train")),
-        settings=folder.config.evaluate.model_dump() | {"seed": folder.config.seed},
+        meteor=settings.meteor,
+        bootstrap=settings.bootstrap,
+        seed=folder.config.seed,
     )
     scores = {name: model["average"] for name, model in metrics["models"].items()}
     return ", ".join(f"{name} {score:.1f}" for name, score in scores.items())

@@ -1,0 +1,201 @@
+"""The published protocols, faults included, and a strict one beside them."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clinkd.data.boxes import iou, parse_boxes
+from clinkd.errors import ConfigError
+from clinkd.evaluate.text import statistics
+from clinkd.evaluate.text.ngram import Array, Statistics
+
+Row = Mapping[str, Any]  # a line of predictions.jsonl
+EIGHT = ("ct", "mr", "x", "pet", "endoscopy", "dermoscopy", "fundus", "ultrasound")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How answers become numbers.
+
+    Attributes:
+        average: over which modalities a task's score is the mean: `eight` (missing ones count 0, as
+            the published scripts divide), `present`, or `records` (no modalities: micro).
+        one_to_one: a predicted box may serve one target only (Hungarian matching).
+        least_iou: a hit at IoU above this, or at it with `inclusive`.
+        whole_words: ROC counts words, not substrings.
+        clean: cut answers as the published post-processing does.
+    """
+
+    name: str
+    average: str
+    one_to_one: bool
+    inclusive: bool
+    whole_words: bool
+    clean: bool
+    least_iou: float = 0.5
+
+
+PROTOCOLS = {
+    "bird": Protocol("bird", "eight", False, False, False, True),
+    "clinkd": Protocol("clinkd", "present", False, False, False, True),
+    "strict": Protocol("strict", "records", True, True, True, False),
+}
+DIFFERENCES = (
+    "bird and clinkd: a box is a hit at IoU above 0.5, and one predicted box may serve several "
+    "targets; strict: at 0.5 and above, one to one (Hungarian matching).",
+    "bird and clinkd: ROC is a hit where every word of the truth is a substring of the answer, so "
+    "that 'right lung and left kidney' answers 'left lung'; strict: the words themselves.",
+    "bird: means over eight modalities, missing ones count 0; clinkd: over those present; strict: "
+    "over records.",
+    "bird and clinkd: an answer of several lines counts by the text between its first two newlines.",
+    "all: boxes are read in every convention; the published scripts know <box> alone.",
+)
+
+
+def protocol(name: str) -> Protocol:
+    """A protocol by name.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    if name not in PROTOCOLS:
+        raise ConfigError(f"unknown protocol {name!r}; expected one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def clean_response(text: str) -> str:
+    """The published post-processing, its cut between newlines included."""
+    text = text.split(".<|im_end|>")[0] + "." if ".<|im_end|>" in text else text
+    text = text.replace("<|im_end|>\n", "")
+    parts = text.split("\n")
+    if len(parts) > 2:
+        text = parts[1]
+    return text.replace("<|endoftext|>", "").strip()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A task's metric on some rows: statistics a row, and a name."""
+
+    name: str
+    statistics: Statistics
+
+
+def grounding(rows: Sequence[Row], rules: Protocol) -> Measure:
+    """VG: share of the true boxes that a predicted box hits."""
+    counts = np.zeros((len(rows), 2))
+    for i, row in enumerate(rows):
+        targets = true_boxes(row)
+        found = parse_boxes(row["response"])
+        counts[i] = _hits(found, targets, rules), len(targets)
+    return Measure("Recall@0.5", Statistics(counts, _share))
+
+
+def true_boxes(row: Row) -> list[Any]:
+    """The boxes of the true answer."""
+    boxes = parse_boxes(row["annotation"])
+    return list(boxes) if boxes else list(row.get("boxes") or [])
+
+
+def _hits(found: Sequence[Any], targets: Sequence[Any], rules: Protocol) -> int:
+    if not found or not targets:
+        return 0
+    overlaps = np.array([[iou(target, box) for box in found] for target in targets])
+    hit = overlaps >= rules.least_iou if rules.inclusive else overlaps > rules.least_iou
+    if not rules.one_to_one:
+        return int(hit.any(axis=1).sum())
+    from scipy.optimize import linear_sum_assignment
+
+    a, b = linear_sum_assignment(hit.astype(float), maximize=True)
+    return int(hit[a, b].sum())
+
+
+def _share(sums: Array) -> Array:
+    out: Array = sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
+    return out
+
+
+def naming(rows: Sequence[Row], rules: Protocol) -> Measure:
+    """ROC: share of the answers that hold every word of the truth."""
+    hits = np.ones((len(rows), 2))
+    for i, row in enumerate(rows):
+        answer = row["response"].lower()
+        if rules.whole_words:
+            words = set(re.findall(r"\w+", answer))
+            hits[i, 0] = all(
+                word in words for word in re.findall(r"\w+", row["annotation"].lower())
+            )
+        else:
+            hits[i, 0] = all(word in answer for word in row["annotation"].lower().split(" "))
+    return Measure("Recall", Statistics(hits, _share))
+
+
+def describing(rows: Sequence[Row], spice: bool) -> Measure:
+    """RC: SPICE where its jar runs, else scene-graph F1 under its own name."""
+    name = "spice" if spice else "scene_graph_f1"
+    found = statistics([r["response"] for r in rows], [[r["annotation"]] for r in rows], [name])
+    return Measure("SPICE" if spice else "scene-graph F1", found[name])
+
+
+def summarising(rows: Sequence[Row], meteor: str) -> Measure:
+    """MIA: mBMR, the mean of BLEU-1…4, METEOR and ROUGE-L."""
+    found = statistics(
+        [r["response"] for r in rows],
+        [[r["annotation"]] for r in rows],
+        ["bleu", meteor, "rouge_l"],
+    )
+    parts = list(found.values())
+    edges = np.cumsum([0] + [part.rows.shape[1] for part in parts])
+
+    def finish(sums: Array) -> Array:
+        values = [
+            part.finish(sums[..., a:b])
+            for part, a, b in zip(parts, edges[:-1], edges[1:], strict=True)
+        ]
+        out: Array = np.mean(values, axis=0)
+        return out
+
+    label = "mBMR" if meteor == "meteor" else "mBMR (meteor-py)"
+    return Measure(label, Statistics(np.concatenate([p.rows for p in parts], axis=1), finish))
+
+
+def measure(task: str, rows: Sequence[Row], rules: Protocol, meteor: str, spice: bool) -> Measure:
+    """The metric of a task."""
+    if rules.clean:
+        rows = [{**row, "response": clean_response(row["response"])} for row in rows]
+    by_task: dict[str, Callable[[], Measure]] = {
+        "VG": lambda: grounding(rows, rules),
+        "ROC": lambda: naming(rows, rules),
+        "RC": lambda: describing(rows, spice),
+        "MIA": lambda: summarising(rows, meteor),
+    }
+    return by_task[task]()
+
+
+def grounding_extras(rows: Sequence[Row]) -> dict[str, float]:
+    """What practitioners ask beside Recall@0.5, in percent but for the counts."""
+    best, counts, side_errors, sided = [], [], 0, 0
+    for row in rows:
+        found, targets = parse_boxes(row["response"]), true_boxes(row)
+        counts.append(len(found))
+        best += [max((iou(t, box) for box in found), default=0.0) for t in targets]
+        truth = _sides(row["annotation"])
+        if len(truth) == 1:
+            sided += 1
+            said = _sides(row["response"])
+            side_errors += bool(said) and not truth & said
+    total = max(1, len(rows))
+    return {
+        "mean_iou": 100 * float(np.mean(best)) if best else 0.0,
+        "box_present": 100 * sum(n > 0 for n in counts) / total,
+        "one_box": 100 * sum(n == 1 for n in counts) / total,
+        "many_boxes": 100 * sum(n > 1 for n in counts) / total,
+        "laterality_errors": 100 * side_errors / max(1, sided),
+    }
+
+
+def _sides(text: str) -> set[str]:
+    return {side for side in ("left", "right") if re.search(rf"\b{side}\b", text.lower())}

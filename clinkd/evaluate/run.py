@@ -1,0 +1,151 @@
+"""metrics.json of a run: every model side by side, trivial baselines beside them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+from clinkd.data.files import write_json
+from clinkd.data.records import Record
+from clinkd.errors import ConfigError
+from clinkd.evaluate.baselines import mean_box_rows, most_frequent_rows
+from clinkd.evaluate.protocols import DIFFERENCES, protocol
+from clinkd.evaluate.score import score_model
+from clinkd.evaluate.text.scene_graph import variant
+
+LABELS = {
+    "base": "Base (before training)",
+    "teacher": "Teacher",
+    "distilled": "Distilled student",
+    "corrected": "Corrected student",
+    "sasg": "Corrected student + SASG",
+}
+BASELINES = {"mean_box": "Mean box (no image)", "most_frequent": "Most frequent answer (no image)"}
+
+
+def evaluate_run(
+    run_dir: str | Path,
+    *,
+    protocol_name: str = "clinkd",
+    test_records: Sequence[Record],
+    train_records: Sequence[Record],
+    meteor: str = "auto",
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score the predictions of a run folder and write its metrics.json.
+
+    Args:
+        meteor: `jar`, `python`, or `auto`: the jar where Java and pycocoevalcap are there.
+
+    Raises:
+        SetupError: a metric needs something that is not installed.
+    """
+    run_dir = Path(run_dir)
+    rules = protocol(protocol_name)
+    metric = meteor_metric(meteor)
+
+    def scored(rows: Sequence[Mapping[str, Any]], label: str) -> dict[str, Any]:
+        return score_model(rows, rules, label=label, meteor=metric, bootstrap=bootstrap, seed=seed)
+
+    final = _rows(run_dir / "predictions.jsonl")
+    models = {
+        name: scored(_rows(run_dir / "predictions" / f"{name}.jsonl"), LABELS[name])
+        for name in ("base", "teacher", "distilled")
+    }
+    models["corrected"] = scored([_with(row, 0) for row in final], LABELS["corrected"])
+    models["sasg"] = scored(final, LABELS["sasg"])
+    oracle = scored([_with(row, _oracle(row)) for row in final], "Best candidate (oracle)")
+    baselines = {
+        "mean_box": scored(mean_box_rows(train_records, test_records), BASELINES["mean_box"]),
+        "most_frequent": scored(
+            most_frequent_rows(train_records, test_records), BASELINES["most_frequent"]
+        ),
+    }
+    metrics = {
+        "protocol": rules.name,
+        "settings": {
+            "meteor": metric,
+            "scene_graph": variant(),
+            "bootstrap": bootstrap,
+            "differences": list(DIFFERENCES),
+        },
+        "models": models,
+        "baselines": baselines,
+        "selection": _selection(models, oracle),
+        "verdicts": verdicts(models, baselines, oracle),
+    }
+    write_json(run_dir / "metrics.json", metrics)
+    return metrics
+
+
+def meteor_metric(choice: str) -> str:
+    """`meteor` (the jar) or `meteor_py`."""
+    if choice not in ("auto", "jar", "python"):
+        raise ConfigError(f"meteor must be auto, jar or python, got {choice!r}")
+    if choice == "auto":
+        from importlib.util import find_spec
+
+        choice = "jar" if which("java") and find_spec("pycocoevalcap") else "python"
+    return "meteor" if choice == "jar" else "meteor_py"
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _with(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The row as if candidate `index` were the answer."""
+    candidates = row["candidates"]
+    return {**row, "response": candidates[index]["text"] if candidates else ""}
+
+
+def _oracle(row: Mapping[str, Any]) -> int:
+    """The candidate closest to the truth; the first of equals."""
+    from clinkd.generate.select import truth_quality
+
+    quality = truth_quality(row["task"], row["annotation"])
+    values = [quality(candidate["text"]) for candidate in row["candidates"]]
+    return values.index(max(values)) if values else 0
+
+
+def _selection(models: Mapping[str, Any], oracle: Mapping[str, Any]) -> dict[str, Any]:
+    """Per task: first beam, chosen, oracle."""
+    return {
+        task: {
+            "first_beam": models["corrected"]["tasks"][task]["score"],
+            "chosen": models["sasg"]["tasks"][task]["score"],
+            "oracle": oracle["tasks"][task]["score"],
+        }
+        for task in models["sasg"]["tasks"]
+    }
+
+
+def verdicts(
+    models: Mapping[str, Any], baselines: Mapping[str, Any], oracle: Mapping[str, Any]
+) -> list[str]:
+    """Plain sentences: where the final model is better than what, and where it is not."""
+    final, base = models["sasg"]["tasks"], models["base"]["tasks"]
+    behind = [t for t in final if final[t]["score"] <= base[t]["score"]]
+    out = [
+        "The final model beats its own base on every task."
+        if not behind
+        else f"The final model does not beat its own base on {', '.join(behind)}."
+    ]
+    for baseline in baselines.values():
+        for task, result in baseline["tasks"].items():
+            if task in final and final[task]["score"] <= result["score"]:
+                out.append(
+                    f"On {task} it does not beat the baseline “{baseline['label']}”: "
+                    f"{final[task]['score']:.1f} against {result['score']:.1f}."
+                )
+    gains = ", ".join(
+        f"{task} {final[task]['score'] - models['corrected']['tasks'][task]['score']:+.1f}"
+        for task in final
+    )
+    gaps = ", ".join(
+        f"{task} {oracle['tasks'][task]['score'] - final[task]['score']:.1f}" for task in final
+    )
+    out.append(f"Selection over the first beam: {gains}; left to the best candidate: {gaps}.")
+    return out
