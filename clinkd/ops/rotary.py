@@ -83,19 +83,25 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it takes {impl} tensors, got {device.type}"
     if dtype not in TYPES:
         return f"it takes float32, float16 and bfloat16, got {dtype}"
-    extension = native()
-    if not hasattr(extension, f"rotary_{impl}"):
+    if not built(f"rotary_{impl}"):
         return (
             f"this installation has no rotary_{impl}: clinkd._C was built without it, or not built"
         )
     return None
 
 
-@lru_cache(maxsize=1)
-def native() -> Any:
-    """The compiled extension, or None where it was not built."""
-    if importlib.util.find_spec("clinkd._C") is None:
-        return None
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def built(name: str) -> bool:
+    """Whether the compiled extension has this function."""
+    return _built(name)
+
+
+@lru_cache(maxsize=64)
+def _built(name: str) -> bool:
+    return importlib.util.find_spec("clinkd._C") is not None and hasattr(_extension(), name)
+
+
+def _extension() -> Any:
     return importlib.import_module("clinkd._C")
 
 
@@ -168,10 +174,10 @@ def _launch(x: Tensor, out: Tensor, positions: Tensor, spec: int, inverse: bool,
         TYPES[x.dtype],
     )
     if impl == "cpu":
-        native().rotary_cpu(*arguments, torch.get_num_threads())
+        _extension().rotary_cpu(*arguments, torch.get_num_threads())
         return
     with torch.cuda.device(x.device):
-        error = native().rotary_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+        error = _extension().rotary_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"the rotary kernel could not start: CUDA error {error}")
 
