@@ -1,0 +1,1 @@
+"""Records, formats, images, collation, caches, the shipped sample set."""

@@ -1,0 +1,32 @@
+// clinkd._C: every kernel of csrc/, and how this build was made. A new op adds one line here.
+
+#include <pybind11/pybind11.h>
+
+#ifdef CLINKD_WITH_CUDA
+#include <cuda_runtime.h>
+#endif
+
+namespace clinkd {
+void bind_rotary(pybind11::module_& m);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Row-wise kernels of clinkd: pointers, sizes and strides as integers, no torch inside.";
+  clinkd::bind_rotary(m);
+
+  m.attr("compiler") = __VERSION__;
+#ifdef CLINKD_WITH_CUDA
+  m.attr("with_cuda") = true;
+  m.attr("cuda_archs") = CLINKD_CUDA_ARCHS;
+  m.attr("cuda_version") = CUDART_VERSION;
+  // 0 is success; without a driver an error code comes back, and nothing crashes
+  m.def("cuda_device_count", [] {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    return error == cudaSuccess ? count : -static_cast<int>(error);
+  });
+#else
+  m.attr("with_cuda") = false;
+  m.attr("cuda_archs") = "";
+#endif
+}

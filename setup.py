@@ -1,0 +1,123 @@
+"""Builds `clinkd._C`: C++ for the CPU, and CUDA C++ where nvcc is found. Needs no torch.
+
+Environment:
+    CLINKD_CUDA        1: fail without nvcc; 0: leave CUDA out; unset: whatever is there.
+    CLINKD_CUDA_ARCHS  such as "80;90;120", the default; PTX of the last one is added.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+DEFAULT_ARCHS = "80;90;120"
+CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
+
+
+def find_nvcc() -> tuple[str, Path] | None:
+    """nvcc and the folder of its toolkit; nvcc on the PATH may be a wrapper, so it is asked."""
+    choice = os.environ.get("CLINKD_CUDA", "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"CLINKD_CUDA must be 0 or 1, got {choice!r}")
+    nvcc = None if choice == "0" else shutil.which("nvcc")
+    if nvcc is None:
+        if choice == "1":
+            raise SystemExit("CLINKD_CUDA=1, but there is no nvcc on the PATH")
+        return None
+    asked = subprocess.run(
+        [nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False
+    ).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", asked, re.MULTILINE)
+    return nvcc, Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parent.parent
+
+
+class BuildKernels(build_ext):
+    """Compiles the C++ in parallel and hands the .cu files to nvcc."""
+
+    def build_extension(self, ext: Extension) -> None:
+        sources = sorted((ROOT / "csrc").glob("*.cpp"))
+        cuda_sources = sorted((ROOT / "csrc").glob("*.cu"))
+        includes = [pybind11.get_include(), *self.compiler.include_dirs]
+        command = [*self.compiler.compiler_so, *CXX_FLAGS, *OPENMP, "-Icsrc"]
+        command = [part for part in command if part not in ("-g", "-O2", "-Wstrict-prototypes")]
+        build = Path(self.build_temp)
+        build.mkdir(parents=True, exist_ok=True)
+        found = find_nvcc()
+        archs = os.environ.get("CLINKD_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";")
+        jobs = []
+        defines = []
+        libraries = list(OPENMP)
+        if found is None:
+            print("clinkd: no nvcc used, building the CPU kernels only", file=sys.stderr)
+        else:
+            nvcc, toolkit = found
+            includes.append(str(toolkit / "include"))
+            defines = ["-DCLINKD_WITH_CUDA", f'-DCLINKD_CUDA_ARCHS="{archs}"']
+            libraries += [str(static_runtime(toolkit)), "-ldl", "-lpthread", "-lrt"]
+            codes = archs.split(";")
+            gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in codes]
+            gencode.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")
+            jobs += [
+                [nvcc, "-c", str(s), "-o", str(build / f"{s.name}.o"), "-O3", "-std=c++17", "-Icsrc"]
+                + ["-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode]
+                for s in cuda_sources
+            ]
+        jobs += [
+            [*command, *(f"-I{i}" for i in includes), *defines]
+            + ["-c", str(s), "-o", str(build / f"{s.name}.o")]
+            for s in sources
+        ]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(self._compile, jobs))
+        objects = [job[job.index("-o") + 1] for job in jobs]
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cxx = os.environ.get("CXX", "g++")
+        subprocess.run(
+            [cxx, "-shared", "-static-libgcc", *objects, "-o", str(target), *libraries], check=True
+        )
+
+    @staticmethod
+    def _compile(command: list[str]) -> None:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"clinkd: {' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def static_runtime(toolkit: Path) -> Path:
+    """libcudart_static.a, so that the module imports where no CUDA is installed."""
+    for place in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        library = toolkit / place / "libcudart_static.a"
+        if library.exists():
+            return library
+    raise SystemExit(f"clinkd: {toolkit} has no libcudart_static.a; set CLINKD_CUDA=0 to go without")
+
+
+packages = ["clinkd"]
+packages += [
+    f"clinkd.{path.parent.relative_to(ROOT / 'clinkd').as_posix().replace('/', '.')}"
+    for path in sorted((ROOT / "clinkd").rglob("__init__.py"))
+    if path.parent != ROOT / "clinkd"
+]
+
+setup(
+    packages=[*packages, "clinkd.configs"],
+    # the source tree keeps them at its root; clinkd/kernels/__init__.py finds them there
+    package_dir={"clinkd.kernels": "kernels", "clinkd.configs": "configs"},
+    package_data={
+        "clinkd": ["py.typed", "data/sample/*.jsonl", "data/sample/images/*.png"],
+        "clinkd.report": ["templates/*"],
+        "clinkd.configs": ["*.yaml", "deepspeed/*.json"],
+    },
+    ext_modules=[Extension("clinkd._C", sources=[])],
+    cmdclass={"build_ext": BuildKernels},
+)
