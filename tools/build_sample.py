@@ -57,6 +57,8 @@ def main() -> None:
         for row in records(item):
             record_from_json(row)  # what the set ships must pass the reader
             rows[item.split].append(row)
+    seen = {row["structure"] for row in rows["train"]}
+    rows["test"] = [row for row in rows["test"] if row["structure"] in seen]
     for split, found in rows.items():
         write_jsonl(arguments.output / f"{split}.jsonl", found)
         print(f"{split}: {len(found)} records, {len({r['image'] for r in found})} images")

@@ -8,7 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 
+from pydicom import Dataset
 from sample.names import brain_region, organ
+from sample.pictures import upright
 from sample.questions import box_of, describe, grow, place_word, records, tone_word
 from sample.slices import Slice, axial, resize, resize_mask, slabs, window
 
@@ -72,6 +74,33 @@ def test_slabs_leave_a_gap():
     dealt = list(slabs(100, 3.0, 36.0, 12.0, 12.0))
     places = {s: [i * 3.0 for i, split, _ in dealt if split == s] for s in ("train", "test")}
     assert min(abs(a - b) for a in places["train"] for b in places["test"]) >= 12.0
+
+
+def test_slabs_start_inside_the_first_train_slab():
+    dealt = list(slabs(12, 1.0, 4.0, 2.0, 3.0, 3.0))  # train 1, gap 2, test 3, gap 2, train 4
+    assert [i for i, split, _ in dealt if split == "test"] == [3, 4, 5]
+    assert [i for i, split, _ in dealt if split == "train"] == [0, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "corner"),
+    [
+        ("ImageOrientationPatient", [1, 0, 0, 0, 1, 0], (0, 0)),
+        ("ImageOrientationPatient", [1, 0, 0, 0, -1, 0], (1, 0)),  # front is at the bottom
+        ("ImageOrientationPatient", [-1, 0, 0, 0, 1, 0], (0, 2)),  # patient's left is at the left
+        ("ImageOrientationPatient", [1, 0, 0, 0, 0, -1], (0, 0)),
+        ("ImageOrientationPatient", [1, 0, 0, 0, 0, 1], (1, 0)),  # the head is at the bottom
+        ("PatientOrientation", ["L", "F"], (0, 0)),
+        ("PatientOrientation", ["R", "F"], (0, 2)),
+        ("PatientOrientation", None, (0, 0)),
+    ],
+)
+def test_upright_turns_pictures_as_their_files_say(attribute, value, corner):
+    dataset = Dataset()
+    setattr(dataset, attribute, value)
+    pixels = np.zeros((2, 3), np.uint8)
+    pixels[0, 0] = 1
+    assert tuple(np.argwhere(upright(pixels, dataset))[0]) == corner
 
 
 def test_axial_puts_the_right_side_left_and_the_front_on_top():

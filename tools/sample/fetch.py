@@ -15,7 +15,7 @@ class Package:
     """One source package.
 
     Attributes:
-        client: pip-sdist, pip-wheel, npm or apt.
+        client: pip-sdist, pip-sdist-old (needs an older setuptools), pip-wheel or apt.
         file: glob of the downloaded file.
         sha256: of that file; None where builds differ by platform.
     """

@@ -29,21 +29,35 @@ _DICOM = (
         "the heart",
         tuple(range(0, 120, 10)),
     ),
-    (
-        "examples_ybr_color.dcm",
-        "ultrasound_cine",
-        "test",
-        "ultrasound",
-        "the heart",
-        (0, 10, 20),
-    ),
+    ("color-px.dcm", "ultrasound_doppler", "test", "ultrasound", "the heart", None),
     ("JPEG2000_UNC.dcm", "nm_bonescan", "train", "nuclear medicine", "the whole body", None),
 )
 
-_BURNED_IN = {"US1_UNCR.dcm": slice(95, 370)}  # rows without the name of the site
+_BURNED_IN = {"US1_UNCR.dcm": slice(108, 336)}  # rows without the name of the site and the node
 
 
-def _pixels(dataset: pydicom.Dataset, frame: int | None) -> np.ndarray:
+def upright(pixels: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
+    """Patient's right on the left side, front or head on top, as far as the file says how it lies.
+
+    ImageOrientationPatient counts to the left, to the back and to the head; PatientOrientation
+    names where rows and columns run to.
+    """
+    cosines = dataset.get("ImageOrientationPatient")
+    if cosines is not None:
+        row, column = np.asarray(cosines, dtype=float).reshape(2, 3)
+        along, down = int(np.argmax(np.abs(row))), int(np.argmax(np.abs(column)))
+        mirrored = along == 0 and row[0] < 0
+        upside_down = (down == 1 and column[1] < 0) or (down == 2 and column[2] > 0)
+    else:
+        runs_to = [str(value) for value in dataset.get("PatientOrientation") or ("", "")]
+        mirrored = runs_to[0].startswith("R")
+        upside_down = runs_to[1].startswith(("A", "H"))
+    if mirrored:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels[::-1] if upside_down else pixels)
+
+
+def _pixels(dataset: pydicom.Dataset, frame: int | None, region: str) -> np.ndarray:
     """One frame as uint8, grey or RGB, dark is dark."""
     array = dataset.pixel_array
     if frame is not None:
@@ -56,17 +70,9 @@ def _pixels(dataset: pydicom.Dataset, frame: int | None) -> np.ndarray:
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         values = values.max() - values
     if dataset.Modality == "CT":
-        return (
-            window(values, -20.0, 100.0)
-            if "HEAD" in _part(dataset)
-            else window(values, -160.0, 240.0)
-        )
+        low, high = (-20.0, 100.0) if region == "head" else (-160.0, 240.0)
+        return window(values, low, high)
     return percentile_window(values)
-
-
-def _part(dataset: pydicom.Dataset) -> str:
-    words = (dataset.get("BodyPartExamined", ""), dataset.get("StudyDescription", ""))
-    return " ".join(str(word) for word in words).upper()
 
 
 def dicom_pictures(*packages: Path) -> Iterator[Slice]:
@@ -78,7 +84,7 @@ def dicom_pictures(*packages: Path) -> Iterator[Slice]:
             dataset = pydicom.dcmread(found[name])
             for frame in frames or (None,):
                 stem = key if frame is None else f"{key}_f{frame:03d}"
-                pixels = _pixels(dataset, frame)
+                pixels = upright(_pixels(dataset, frame, region), dataset)
                 if name in _BURNED_IN:
                     pixels = np.ascontiguousarray(pixels[_BURNED_IN[name]])
                 yield _picture(stem, key, split, modality, region, "pydicom", pixels)
@@ -97,7 +103,7 @@ def free_pictures(package: Path) -> Iterator[Slice]:
         "fundus_retina",
         "fundus_retina",
         "train",
-        "colour fundus photograph",
+        "fundus photograph",
         "the retina",
         source,
         retina,
@@ -106,11 +112,11 @@ def free_pictures(package: Path) -> Iterator[Slice]:
         tile = np.ascontiguousarray(retina[top : top + 600, left : left + 600])
         key = f"fundus_retina_t{index}"
         yield _picture(
-            key, "fundus_retina", "train", "colour fundus photograph", "the retina", source, tile
+            key, "fundus_retina", "train", "fundus photograph", "the retina", source, tile
         )
     aneurysms = read("microaneurysms.png")
     key = "fundus_microaneurysms"
-    yield _picture(key, key, "test", "colour fundus photograph", "the retina", source, aneurysms)
+    yield _picture(key, key, "test", "fundus photograph", "the retina", source, aneurysms)
     tissue = read("ihc.png")
     for split, lefts in (("train", (0, 96, 192)), ("test", (384,))):
         for top in range(0, 385, 128):

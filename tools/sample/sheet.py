@@ -73,9 +73,11 @@ def _draw(path: Path, rows: list[dict[str, Any]], font: Any) -> Image.Image:
                 y2 * image.height / 1000 - 1,
             )
             draw.rectangle(corners, outline=colour, width=2)
+    for index, row in enumerate(rows[:2]):  # names above all boxes, whole inside the image
         x, y = row["boxes"][0][:2]
-        where = (x * image.width / 1000 + 3, y * image.height / 1000 + 1)
-        draw.text(
-            where, row["structure"], fill=colour, font=font, stroke_width=2, stroke_fill=BACKGROUND
-        )
+        width = draw.textlength(row["structure"], font=font) + 6
+        left = max(0, min(x * image.width / 1000, image.width - width))
+        top = max(0, y * image.height / 1000 - 16)
+        draw.rectangle((left, top, left + width, top + 15), fill=COLOURS[index % len(COLOURS)])
+        draw.text((left + 3, top), row["structure"], fill=BACKGROUND, font=font)
     return image

@@ -79,16 +79,23 @@ def axial(volume: NDArray, z: int) -> NDArray:
 
 
 def slabs(
-    count: int, spacing: float, train_mm: float, gap_mm: float, test_mm: float
+    count: int,
+    spacing: float,
+    train_mm: float,
+    gap_mm: float,
+    test_mm: float,
+    offset_mm: float = 0.0,
 ) -> Iterator[tuple[int, str, int]]:
     """Deal slices out along an axis: train, gap, test, gap, train, …
+
+    The first slice lies `offset_mm` inside the first slab of the train split.
 
     Yields:
         index, split and the number of the slab; slices of gaps are left out.
     """
     period = train_mm + gap_mm + test_mm + gap_mm
     for index in range(count):
-        number, place = divmod(index * spacing, period)
+        number, place = divmod(index * spacing + offset_mm, period)
         if place < train_mm:
             yield index, "train", int(number)
         elif train_mm + gap_mm <= place < train_mm + gap_mm + test_mm:

@@ -24,6 +24,8 @@ from sample.slices import (
 
 SOFT_TISSUE = (-160.0, 240.0)  # Hounsfield units
 LUNG = (-1350.0, 150.0)
+GAP_MM = 15.0  # between a slab of the train split and one of the test split
+BRAIN_PLAN = (52.0, GAP_MM, 13.0, 48.0)  # deep nuclei and both ends of the head are trained on
 LEAST_AREA = 0.002  # of the image: smaller masks are left out
 
 
@@ -74,9 +76,9 @@ def totalsegmentator(package: Path) -> Iterator[Slice]:
             "example_seg_fast_force_split.nii.gz",
             "total",
             "ct",
-            (36.0, 12.0, 12.0),
+            (45.0, GAP_MM, 12.0, 72.0),  # the lungs, at the top, are trained on
         ),
-        ("example_mr_sm.nii.gz", "example_seg_mr.nii.gz", "total_mr", "mr", (30.0, 12.0, 18.0)),
+        ("example_mr_sm.nii.gz", "example_seg_mr.nii.gz", "total_mr", "mr", (33.0, GAP_MM, 12.0)),
     ):
         volume, zooms = _nifti(files / name)
         labels, _ = _nifti(files / labels_name)
@@ -138,7 +140,7 @@ def brain_atlas(package: Path) -> Iterator[Slice]:
             names[int(value)] = name
     pixels = percentile_window(volume.astype(np.float64))
     spacing = (float(zooms[1]), float(zooms[0]))
-    for z, split, slab in slabs(volume.shape[2], float(zooms[2]), 30.0, 10.0, 10.0):
+    for z, split, slab in slabs(volume.shape[2], float(zooms[2]), *BRAIN_PLAN):
         if z % 2 or not 12 <= z <= 160:
             continue
         masks = _masks(axial(labels, z), names, spacing)
@@ -205,7 +207,7 @@ def nuclei(package: Path) -> Iterator[Slice]:
     tile = 128
     for split, columns in (("train", range(0, 193, 64)), ("test", (384,))):
         for left in columns:
-            for top in range(0, 385, 64 if split == "train" else 128):
+            for top in range(0, 385, 64):
                 area = (slice(top, top + tile), slice(left, left + tile))
                 whole = {
                     int(v): labels[area] == v
@@ -216,7 +218,9 @@ def nuclei(package: Path) -> Iterator[Slice]:
                     continue
                 sizes = sorted(whole, key=lambda v: int(whole[v].sum()))
                 bright = max(whole, key=lambda v: float(image[area][whole[v]].mean()))
-                masks = {"largest nucleus": whole[sizes[-1]], "brightest nucleus": whole[bright]}
+                masks = {"largest nucleus": whole[sizes[-1]]}
+                if bright != sizes[-1]:  # one box has one name
+                    masks["brightest nucleus"] = whole[bright]
                 yield Slice(
                     key=f"microscopy_nuclei_{top:03d}_{left:03d}",
                     pixels=resize(np.ascontiguousarray(image[area]), (1.0, 1.0)),
