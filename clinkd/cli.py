@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from clinkd._version import __version__
+from clinkd.commands.data import app as data_app
 from clinkd.errors import ClinkdError, ConfigError
 
 app = typer.Typer(
@@ -133,6 +134,7 @@ def doctor() -> None:
         typer.echo(line)
 
 
+app.add_typer(data_app, name="data")
 recipes_app = typer.Typer(help="The configs that come with clinkd.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 

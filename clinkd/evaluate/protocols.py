@@ -50,7 +50,8 @@ DIFFERENCES = (
     "that 'right lung and left kidney' answers 'left lung'; strict: the words themselves.",
     "bird: means over eight modalities, missing ones count 0; clinkd: over those present; strict: "
     "over records.",
-    "bird and clinkd: an answer of several lines counts by the text between its first two newlines.",
+    "bird and clinkd: of an answer of several lines only the text between the first two newlines "
+    "counts.",
     "all: boxes are read in every convention; the published scripts know <box> alone.",
 )
 

@@ -64,10 +64,12 @@ class RunFolder:
             folder._take_lock()
             folder._check_config(update)
             write_text(folder.path / "config.yaml", dump(config))
-        except OSError as error:
+        except (OSError, SetupError) as error:
+            folder.close()
+            reason = error.strerror if isinstance(error, OSError) else error
             raise SetupError(
-                f"run folder {folder.path} cannot be written: {error.strerror}; choose another "
-                "with output=FOLDER"
+                f"run folder {folder.path} cannot be used: {reason}; choose another with "
+                "output=FOLDER"
             ) from None
         return folder
 
@@ -88,7 +90,7 @@ class RunFolder:
     def _check_config(self, update: bool) -> None:
         existing = self.path / "config.yaml"
         if not existing.exists():
-            if any(p.name != ".lock" for p in self.path.iterdir()):
+            if any(p.name != ".lock" and p.suffix != ".tmp" for p in self.path.iterdir()):
                 raise ConfigError(
                     f"{self.path} is not empty and holds no run; choose another with output=FOLDER"
                 )

