@@ -3,5 +3,6 @@
 from clinkd.ops.kd_loss import KDLoss, kd_loss
 from clinkd.ops.linear_kd_loss import linear_kd_loss
 from clinkd.ops.rotary import rotary
+from clinkd.ops.rotary_attention import rotary_attention
 
-__all__ = ["KDLoss", "kd_loss", "linear_kd_loss", "rotary"]
+__all__ = ["KDLoss", "kd_loss", "linear_kd_loss", "rotary", "rotary_attention"]

@@ -1,0 +1,282 @@
+"""Attention with the rotary embedding inside: queries and keys come in unrotated."""
+
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from clinkd.ops._checks import check_float
+from clinkd.ops.reference.rotary_attention import rotary_attention as reference_attention
+from clinkd.ops.rotary import check_positions, check_rotary, rotary
+from clinkd.rotary import RotarySpec
+
+IMPLS = ("auto", "reference", "cpu", "triton")
+CHUNK = 256  # queries a mask is made for at once on the CPU
+
+
+def rotary_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    spec: RotarySpec,
+    *,
+    key_positions: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal or full attention, see `clinkd.ops.reference.rotary_attention` for the formula.
+
+    Args:
+        q: [B, Sq, Hq, D], or packed [N, Hq, D] with `cu_seqlens`; not rotated. Any strides.
+        k: [B, Sk, Hkv, D] or [Nk, Hkv, D], not rotated; Hkv divides Hq.
+        v: as k.
+        positions: [A, B, Sq] or [A, N] float32, of the queries.
+        spec: axis and speed of each pair.
+        key_positions: [A, B, Sk] or [A, Nk], in any order; default: those of the queries.
+        causal: the last query sees the last key, the one before it the one before that.
+        scale: of the scores; default D ** -0.5.
+        cu_seqlens: int32 [n + 1], where each packed sequence starts, and N.
+        cu_seqlens_k: the same for keys; default `cu_seqlens`.
+        window: each query sees so many keys up to its own place.
+        return_lse: also return the log-sum-exp, float32 [B, Hq, Sq] or [Hq, N], without gradient.
+        impl: "auto", "reference", "cpu" or "triton".
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: an explicit `impl` that cannot run here.
+    """
+    _check(q, k, v, positions, spec, key_positions, cu_seqlens, cu_seqlens_k, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    impl = resolve_attention(impl, q.device, q.dtype)
+    if impl == "triton":
+        out, lse = torch.ops.clinkd.rotary_attention(
+            q,
+            k,
+            v,
+            positions,
+            positions if key_positions is None else key_positions,
+            spec.key,
+            causal,
+            scale,
+            cu_seqlens,
+            cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
+            window or 0,
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        )[:2]
+    elif impl == "cpu":
+        out, lse = _cpu(
+            rotary(q, positions, spec),
+            rotary(k, positions if key_positions is None else key_positions, spec),
+            v,
+            causal,
+            scale,
+            cu_seqlens,
+            cu_seqlens_k,
+            window,
+        )
+    else:
+        out, lse = reference_attention(
+            q,
+            k,
+            v,
+            positions,
+            spec,
+            key_positions=key_positions,
+            causal=causal,
+            scale=scale,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            window=window,
+        )
+    return (out, lse.detach()) if return_lse else out
+
+
+def resolve_attention(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs for such tensors.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: an explicit one that cannot run here.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        best = "triton" if device.type == "cuda" else "cpu"
+        return best if why_not(best, device, dtype) is None else "reference"
+    if reason := why_not(impl, device, dtype):
+        raise RuntimeError(f"impl={impl!r} cannot run here: {reason}")
+    return impl
+
+
+def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an implementation cannot run for such tensors; None where it can."""
+    if impl == "cpu" and device.type != "cpu":
+        return f"it takes cpu tensors, got {device.type}"
+    if impl == "triton":
+        if dtype == torch.float64:
+            return "it takes float32, float16 and bfloat16, got torch.float64"
+        if not _has_triton():
+            return "triton is not installed"
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it takes cuda tensors (cpu under TRITON_INTERPRET=1), got {device.type}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_triton() -> bool:
+    return _find_triton()
+
+
+@lru_cache(maxsize=1)
+def _find_triton() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("triton") is not None
+
+
+def _cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """torch's flash attention over rotated q and k; packed sequences one after another."""
+    if cu_seqlens is None:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out, lse = _attend(q, k, v, causal, scale, window)
+        return out.transpose(1, 2), lse
+    starts = cu_seqlens.tolist()
+    key_starts = starts if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    parts = []
+    for i in range(len(starts) - 1):
+        queries, keys = slice(*starts[i : i + 2]), slice(*key_starts[i : i + 2])
+        a, b, c = (t.transpose(0, 1)[None] for t in (q[queries], k[keys], v[keys]))
+        parts.append(_attend(a, b, c, causal, scale, window))
+    outs = [out[0] for out, _ in parts] or [q.transpose(0, 1)]
+    lses = [lse[0] for _, lse in parts] or [q.new_zeros(q.shape[1], 0, dtype=torch.float32)]
+    return torch.cat(outs, dim=1).transpose(0, 1), torch.cat(lses, dim=1)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]; no mask larger than CHUNK queries is ever made."""
+    Sq, Sk = q.shape[2], k.shape[2]
+    offset = Sk - Sq
+    blind = min(max(0, -offset), Sq) if causal else 0
+    if Sk == 0 or blind or q.numel() == 0:  # queries that see no key give 0
+        blind = Sq if Sk == 0 else blind
+        zero = q[:, :, :blind] * 0 + (k.sum() + v.sum()) * 0
+        lse = torch.full(zero.shape[:3], -torch.inf, device=q.device)
+        if blind == Sq or q.numel() == 0:
+            return zero, lse
+        out, rest = _attend(q[:, :, blind:], k, v, causal, scale, window)
+        return torch.cat([zero, out], dim=2), torch.cat([lse, rest], dim=2)
+    if window is None and (not causal or Sq == 1):
+        return _flash(q, k, v, scale)
+    if window is None and offset == 0:
+        return _flash(q, k, v, scale, is_causal=True)
+    parts = []
+    for begin in range(0, Sq, CHUNK):
+        end = min(begin + CHUNK, Sq)
+        first = 0 if window is None else max(0, begin + offset - window + 1)
+        last = end + offset if causal else Sk
+        i = torch.arange(begin, end, device=q.device)[:, None] + offset
+        j = torch.arange(first, last, device=q.device)
+        hidden = torch.zeros(end - begin, last - first, dtype=torch.bool, device=q.device)
+        if causal:
+            hidden |= j > i
+        if window is not None:
+            hidden |= j <= i - window
+        mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
+        mask.masked_fill_(hidden, -torch.inf)
+        keys, values = k[:, :, first:last], v[:, :, first:last]
+        parts.append(_flash(q[:, :, begin:end], keys, values, scale, mask=mask))
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    return found
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    spec: RotarySpec,
+    key_positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+) -> None:
+    check_rotary("q", q, positions, spec)
+    packed = cu_seqlens is not None
+    shape = "[N, H, D] with cu_seqlens" if packed else "[B, S, H, D] without cu_seqlens"
+    if q.dim() != 4 - packed:
+        raise ValueError(f"q must be {shape}, got shape {tuple(q.shape)}")
+    for name, t in (("k", k), ("v", v)):
+        check_float(name, t, 4 - packed, shape)
+        if t.dtype != q.dtype or t.device != q.device:
+            raise TypeError(
+                f"{name} must be {q.dtype} on {q.device} like q, got {t.dtype} {t.device}"
+            )
+        if t.shape[-1] != q.shape[-1] or (not packed and t.shape[0] != q.shape[0]):
+            raise ValueError(f"{name} must have q's batch and head_dim, got shape {tuple(t.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"k must have a number of heads that divides q's {q.shape[-2]}, got {k.shape[-2]}"
+        )
+    if key_positions is not None:
+        check_positions("key_positions", key_positions, k.shape[:-2], spec, q.device)
+    elif k.shape[:-2] != q.shape[:-2]:
+        raise ValueError(
+            "key_positions must be given where there are other keys than queries: "
+            f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+    _check_starts("cu_seqlens", cu_seqlens, None, q)
+    _check_starts("cu_seqlens_k", cu_seqlens_k, cu_seqlens, k)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+
+
+def _check_starts(name: str, starts: Tensor | None, queries: Tensor | None, x: Tensor) -> None:
+    if starts is None:
+        return
+    if starts.dtype != torch.int32 or starts.dim() != 1 or starts.device != x.device:
+        raise TypeError(
+            f"{name} must be int32 [n + 1] on {x.device}, got {starts.dtype} "
+            f"{tuple(starts.shape)} on {starts.device}"
+        )
+    if name == "cu_seqlens_k" and (queries is None or starts.shape != queries.shape):
+        raise ValueError(
+            "cu_seqlens_k must come with a cu_seqlens of its length, got "
+            f"{None if queries is None else tuple(queries.shape)} and {tuple(starts.shape)}"
+        )
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait
+        numbers = starts.tolist()
+        if numbers[:1] != [0] or numbers[-1] != x.shape[0] or sorted(numbers) != numbers:
+            raise ValueError(f"{name} must rise from 0 to N = {x.shape[0]}, got {numbers}")
