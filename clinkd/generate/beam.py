@@ -164,32 +164,38 @@ class BeamSearcher:
     def _search(
         self, waiting: deque[tuple[int, dict[str, Tensor]]]
     ) -> Iterator[tuple[int, list[Candidate]]]:
+        """Answer encoded requests; each yields its index and candidates when it is finished."""
         if not waiting:
             return
+        device = self.model.device
         slots = min(self.batch_size, len(waiting))
         longest = max(inputs["input_ids"].shape[1] for _, inputs in waiting)
-        hypotheses = Hypotheses(slots, self.rules)
-        cache = PrefixCache(slots, self.rules.hypotheses, longest, self.rules.max_new_tokens)
+        hypotheses = Hypotheses(slots, self.rules, device)
+        cache = PrefixCache(
+            slots, self.rules.hypotheses, longest, self.rules.max_new_tokens, device
+        )
         owners: list[int] = []  # request of each slot in use
         generators: list[torch.Generator] = []
-        start = torch.zeros(slots, device=self.model.device)  # position of the first new token
+        start = torch.zeros(slots, device=device)  # position of the first new token
+        free = list(range(slots))
         logits = torch.zeros(0)
         while owners or waiting:
-            fresh = []
-            while waiting and len(owners) + len(fresh) < slots:
-                fresh.append(waiting.popleft())
+            fresh = {slot: waiting.popleft() for slot in free[: len(waiting)]}
             if fresh:
-                first = len(owners)
-                new_logits = self._prefill([inputs for _, inputs in fresh], cache, start, first)
-                for offset, (index, _) in enumerate(fresh):
-                    hypotheses.admit(first + offset)
-                    owners.append(index)
-                    generators.append(torch.Generator().manual_seed(self.seed * 1_000_003 + index))
-                logits = torch.cat([logits, new_logits]) if first else new_logits
-            log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()
+                new = self._prefill([inputs for _, inputs in fresh.values()], cache, start, list(fresh))
+                for slot, (index, _) in fresh.items():
+                    hypotheses.admit(slot)
+                    generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + index)
+                    owners[slot : slot + 1] = [index]  # in the place of a finished one, or behind
+                    generators[slot : slot + 1] = [generator]
+                logits = _put_rows(logits, new, list(fresh))
+            log_probs = torch.log_softmax(logits.float(), dim=-1)
             parents, tokens, over = hypotheses.advance(log_probs, generators)
-            for slot in reversed(over.nonzero().squeeze(1).tolist()):
+            # the one place where the host waits for the device
+            free = over.nonzero().squeeze(1).tolist()
+            for slot in free:
                 yield owners[slot], self._candidates(hypotheses, slot)
+            for slot in reversed(free[len(waiting) :]):  # nobody is left to take these
                 last = len(owners) - 1
                 cache.move(last, slot)
                 hypotheses.move(last, slot)
@@ -198,14 +204,16 @@ class BeamSearcher:
                 owners[slot], generators[slot] = owners[last], generators[last]
                 owners.pop()
                 generators.pop()
+            free = free[: len(waiting)]
             count = len(owners)
-            if count:
+            logits = logits[:count]
+            if len(free) < count:
                 logits = self._step(cache, parents[:count], tokens[:count], start[:count])
 
     def _prefill(
-        self, inputs: list[dict[str, Tensor]], cache: PrefixCache, start: Tensor, first: int
+        self, inputs: list[dict[str, Tensor]], cache: PrefixCache, start: Tensor, slots: list[int]
     ) -> Tensor:
-        """Encode new prompts into slots from `first`; logits of their next token [n, K, V]."""
+        """Encode new prompts into slots; logits of their next token [n, K, V]."""
         core = self.model.model
         lengths = [each["input_ids"].shape[1] for each in inputs]
         batch = {
@@ -228,11 +236,11 @@ class BeamSearcher:
         deltas = core.rope_deltas
         for row, length in enumerate(lengths):
             cache.admit(
-                first + row,
+                slots[row],
                 [layer.keys[row, :, :length] for layer in past.layers],
                 [layer.values[row, :, :length] for layer in past.layers],
             )
-            start[first + row] = length + (0.0 if deltas is None else float(deltas[row]))
+            start[slots[row]] = length + (0.0 if deltas is None else float(deltas[row]))
         rows = torch.arange(len(inputs), device=hidden.device)
         logits = self.model.lm_head(hidden[rows, ends - 1])  # [n, V]
         return logits[:, None].expand(-1, self.rules.hypotheses, -1)
@@ -240,12 +248,11 @@ class BeamSearcher:
     def _step(self, cache: PrefixCache, parents: Tensor, tokens: Tensor, start: Tensor) -> Tensor:
         """Feed one token of every hypothesis; logits of the next [S, K, V]."""
         count, hypotheses = parents.shape
-        device = self.model.device
-        cache.begin_step(parents.to(device))
         core = self.model.model
-        position = start + cache.step[:count].to(device)
+        position = start + cache.step[:count]
+        cache.begin_step(parents)
         position = position[:, None].expand(-1, hypotheses).reshape(1, -1, 1).expand(3, -1, -1)
-        embeds = core.get_input_embeddings()(tokens.reshape(-1, 1).to(device))
+        embeds = core.get_input_embeddings()(tokens.reshape(-1, 1))
         before = core.language_model.config._attn_implementation
         core.language_model.config._attn_implementation = ATTENTION
         try:
@@ -259,7 +266,6 @@ class BeamSearcher:
             ).last_hidden_state
         finally:
             core.language_model.config._attn_implementation = before
-        cache.end_step()
         logits: Tensor = self.model.lm_head(hidden[:, -1]).reshape(count, hypotheses, -1)
         return logits
 
@@ -273,6 +279,14 @@ class BeamSearcher:
                 text = self.processor.tokenizer.decode(text_ids, skip_special_tokens=False).strip()
             out.append(Candidate(text, tokens, log_probs, score))
         return out
+
+
+def _put_rows(logits: Tensor, new: Tensor, slots: list[int]) -> Tensor:
+    """Logits [S, K, V] with new rows in these slots, those past the end appended."""
+    held = sum(slot < len(logits) for slot in slots)
+    for row, slot in enumerate(slots[:held]):
+        logits[slot] = new[row]
+    return torch.cat([logits, new[held:]]) if len(logits) else new
 
 
 def _stop_ids(model: PreTrainedModel) -> tuple[int, ...]:

@@ -2,61 +2,78 @@
 
 A question owns a slot: its prompt's keys and values, stored once, and behind them one place for every
 hypothesis of every step. Hypotheses never move: which places a hypothesis may see is a row of a mask,
-so that reordering beams moves bits and not tensors, and all hypotheses × query heads of a key-value
-head are the rows of one attention call.
+so that reordering beams moves bits and not tensors.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
+
+from clinkd.ops.prefix_decode_attention import prefix_decode_attention
 
 ATTENTION = "clinkd_shared_prefix"
 
 
 class PrefixCache:
-    """Keys and values [slots, Hkv, prefix + steps * hypotheses, D] of every layer.
+    """Keys and values of every layer: prompts [slots, Hkv, P, D], suffixes [slots, Hkv, M, D].
+
+    Slots in use are the first `active` ones. All that changes from step to step lies on the
+    device; nothing here waits for it.
 
     Args:
         slots: questions at a time.
         hypotheses: K, beams or samples of a question.
-        prefix: most prompt tokens.
-        steps: most generated tokens.
+        prefix: P, most prompt tokens.
+        steps: most generated tokens; M = steps * K places.
     """
 
-    def __init__(self, slots: int, hypotheses: int, prefix: int, steps: int) -> None:
-        self.slots, self.hypotheses, self.prefix, self.steps = slots, hypotheses, prefix, steps
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.visible: Tensor = torch.zeros(0)  # bool [slots, K, places]
-        self.step: Tensor = torch.zeros(slots, dtype=torch.int64)  # tokens generated, of each slot
-        self.active = 0  # slots in use are the first ones
-        self._length = prefix  # places in use, over all slots
+    def __init__(
+        self, slots: int, hypotheses: int, prefix: int, steps: int, device: torch.device
+    ) -> None:
+        self.slots, self.hypotheses, self.prefix = slots, hypotheses, prefix
+        self.places = steps * hypotheses
+        self.layers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # prefix k, v, suffix k, v
+        whole = dict(dtype=torch.int32, device=device)
+        self.prefix_lengths = torch.zeros(slots, **whole)
+        self.suffix_lengths = torch.zeros(slots, **whole)
+        self.step = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens generated
+        self.visible = torch.zeros(slots, hypotheses, self.places, dtype=torch.bool, device=device)
+        self.active = 0
+        self._rows = torch.arange(slots, device=device)[:, None]
+        self._own = torch.arange(hypotheses, device=device)
+        self._at = torch.zeros(0)  # [active, K], places of the current step
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prompts' keys and values."""
+        return sum(t.nbytes for layer in self.layers for t in layer[:2])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(t.nbytes for t in self.keys + self.values)
+        return sum(t.nbytes for layer in self.layers for t in layer)
 
     def admit(self, slot: int, keys: list[Tensor], values: list[Tensor]) -> None:
-        """Store a prompt, keys and values [Hkv, S, D] of each layer, in the next free slot."""
+        """Store a prompt, keys and values [Hkv, S, D] of each layer, in a free slot."""
         length = keys[0].shape[1]
-        places = self.prefix + self.steps * self.hypotheses
-        if not self.keys:
-            for source in keys:
-                shape = (self.slots, source.shape[0], places, source.shape[2])
-                self.keys.append(source.new_zeros(shape))
-                self.values.append(source.new_zeros(shape))
-            shape3 = (self.slots, self.hypotheses, places)
-            self.visible = torch.zeros(shape3, dtype=torch.bool, device=keys[0].device)
-        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
-            self.keys[layer][slot, :, :length] = key
-            self.values[layer][slot, :, :length] = value
-        self.visible[slot] = False
-        self.visible[slot, :, :length] = True
+        if not self.layers:
+            for key, value in zip(keys, values, strict=True):
+                self.layers.append(
+                    tuple(
+                        each.new_zeros(self.slots, each.shape[0], room, each.shape[2])
+                        for room in (self.prefix, self.places)
+                        for each in (key, value)
+                    )  # type: ignore[arg-type]
+                )
+        for layer, key, value in zip(self.layers, keys, values, strict=True):
+            layer[0][slot, :, :length] = key
+            layer[1][slot, :, :length] = value
+        self.prefix_lengths[slot] = length
+        self.suffix_lengths[slot] = 0
         self.step[slot] = 0
+        self.visible[slot] = False
         self.active = max(self.active, slot + 1)
 
     def begin_step(self, parents: Tensor) -> None:
@@ -65,63 +82,51 @@ class PrefixCache:
         Args:
             parents: int64 [active, K], which hypothesis each one continues.
         """
-        slots, hypotheses = parents.shape
-        rows = torch.arange(slots, device=parents.device)[:, None]
-        seen = self.visible[:slots][rows, parents]
-        own = self._places()
-        seen[rows, torch.arange(hypotheses, device=parents.device)[None], own] = True
-        self.visible[:slots] = seen
-        self._length = int(self.prefix + (int(self.step[:slots].max()) + 1) * hypotheses)
-
-    def end_step(self) -> None:
-        """Count the token."""
-        self.step[: self.active] += 1
-
-    def _places(self) -> Tensor:
-        """Where the current step's keys go: [active, K]."""
-        first = self.prefix + self.step[: self.active] * self.hypotheses
-        return (first[:, None] + torch.arange(self.hypotheses)).to(self.visible.device)
+        n = self.active
+        self._at = self.step[:n, None] * self.hypotheses + self._own  # [active, K]
+        seen = self.visible[:n].gather(1, parents[:, :, None].expand(-1, -1, self.places))
+        self.visible[:n] = seen.scatter_(2, self._at[:, :, None], True)
+        self.step[:n] += 1
+        self.suffix_lengths[:n] += self.hypotheses
 
     def move(self, source: int, target: int) -> None:
         """Let a slot take another's place; the last slot in use becomes free."""
         if source != target:
-            end = self.prefix + int(self.step[source]) * self.hypotheses
-            for tensor in self.keys + self.values:
-                tensor[target, :, :end] = tensor[source, :, :end]
-            self.visible[target] = self.visible[source]
-            self.step[target] = self.step[source]
+            state = (self.prefix_lengths, self.suffix_lengths, self.step, self.visible)
+            for tensor in (*state, *(t for layer in self.layers for t in layer)):
+                tensor[target] = tensor[source]
         self.active -= 1
 
     # what transformers' attention layers call -----------------------------------------------
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """Store this step's keys and values, [active * K, Hkv, 1, D]."""
-        heads, dim = key.shape[1], key.shape[3]
-        shape = (self.active, self.hypotheses, heads, dim)
-        rows = torch.arange(self.active, device=key.device)[:, None]
-        places = self._places()
-        self.keys[layer][rows, :, places] = key.reshape(shape)
-        self.values[layer][rows, :, places] = value.reshape(shape)
+        shape = (self.active, self.hypotheses, key.shape[1], key.shape[3])
+        rows = self._rows[: self.active]
+        self.layers[layer][2][rows, :, self._at] = key.reshape(shape)
+        self.layers[layer][3][rows, :, self._at] = value.reshape(shape)
         return key, value
 
     def get_seq_length(self, layer: int = 0) -> int:
         """transformers asks whether there is a past; there is."""
-        return self._length
+        return self.prefix
 
     def attend(self, query: Tensor, layer: int, scale: float) -> Tensor:
         """Attention of this step's queries [active * K, Hq, 1, D] → [active * K, 1, Hq, D]."""
-        rows, heads, _, dim = query.shape
-        key = self.keys[layer][: self.active, :, : self._length]
-        value = self.values[layer][: self.active, :, : self._length]
-        kv_heads = key.shape[1]
-        group = heads // kv_heads
-        # [slots, K, Hkv, G, D] -> [slots, Hkv, K * G, D]: one tile of rows a key-value head
-        q = query.reshape(self.active, self.hypotheses, kv_heads, group, dim).transpose(1, 2)
-        q = q.reshape(self.active, kv_heads, self.hypotheses * group, dim)
-        mask = self.visible[: self.active, :, : self._length].repeat_interleave(group, dim=1)
-        out = F.scaled_dot_product_attention(q, key, value, mask[:, None], scale=scale)
-        out = out.reshape(self.active, kv_heads, self.hypotheses, group, dim).transpose(1, 2)
-        return out.reshape(rows, 1, heads, dim)
+        n = self.active
+        prefix_k, prefix_v, suffix_k, suffix_v = (t[:n] for t in self.layers[layer])
+        out = prefix_decode_attention(
+            query.unflatten(0, (n, self.hypotheses)).squeeze(3),
+            prefix_k,
+            prefix_v,
+            suffix_k,
+            suffix_v,
+            prefix_lengths=self.prefix_lengths[:n],
+            suffix_lengths=self.suffix_lengths[:n],
+            visible=self.visible[:n],
+            scale=scale,
+        )
+        return out.flatten(0, 1).unsqueeze(1)
 
 
 def _shared_prefix_attention(

@@ -1,5 +1,6 @@
 """Which tokens to keep: beam search with transformers' scores and stopping rules, and sampling."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,22 +37,41 @@ class Rules:
 class Hypotheses:
     """Running and finished hypotheses of all questions in flight; slots as in `PrefixCache`.
 
+    Everything lies on the device, and `advance` never waits for it.
+
     Shapes:
         S slots, K hypotheses, T most tokens.
     """
 
-    def __init__(self, slots: int, rules: Rules) -> None:
+    def __init__(self, slots: int, rules: Rules, device: torch.device) -> None:
         self.rules = rules
+        self.device = device
+        self.stops = torch.tensor(rules.stop_ids, dtype=torch.int64, device=device)
         shape = (slots, rules.hypotheses)
-        self.length = torch.zeros(slots, dtype=torch.int64)
-        self.tokens = torch.zeros(*shape, rules.max_new_tokens, dtype=torch.int64)
-        self.log_probs = torch.zeros(*shape, rules.max_new_tokens)
-        self.scores = torch.zeros(shape)
+        whole = dict(dtype=torch.int64, device=device)
+        self.length = torch.zeros(slots, **whole)
+        self.tokens = torch.zeros(*shape, rules.max_new_tokens, **whole)
+        self.log_probs = torch.zeros(*shape, rules.max_new_tokens, device=device)
+        self.scores = torch.zeros(shape, device=device)
         self.done_tokens = torch.zeros_like(self.tokens)
         self.done_log_probs = torch.zeros_like(self.log_probs)
-        self.done_scores = torch.zeros(shape)
-        self.done_length = torch.zeros(shape, dtype=torch.int64)
-        self.finished = torch.zeros(shape, dtype=torch.bool)
+        self.done_scores = torch.zeros(shape, device=device)
+        self.done_length = torch.zeros(shape, **whole)
+        self.finished = torch.zeros(shape, dtype=torch.bool, device=device)
+
+    def _state(self) -> tuple[Tensor, ...]:
+        """All that belongs to slots."""
+        return (
+            self.length,
+            self.tokens,
+            self.log_probs,
+            self.scores,
+            self.done_tokens,
+            self.done_log_probs,
+            self.done_scores,
+            self.done_length,
+            self.finished,
+        )
 
     def admit(self, slot: int) -> None:
         """Start a question: only the first hypothesis counts, so that all K differ after a step."""
@@ -65,9 +85,8 @@ class Hypotheses:
 
     def move(self, source: int, target: int) -> None:
         """Let a slot take another's place."""
-        for name, tensor in vars(self).items():
-            if name != "rules":
-                tensor[target] = tensor[source]
+        for tensor in self._state():
+            tensor[target] = tensor[source]
 
     def advance(
         self, log_probs: Tensor, generators: list[torch.Generator] | None = None
@@ -84,14 +103,11 @@ class Hypotheses:
             questions are over, bool [S].
         """
         slots = log_probs.shape[0]
-        early = self.length[:slots] < self.rules.min_new_tokens
-        if bool(early.any()) and self.rules.stop_ids:
+        if self.rules.min_new_tokens and self.rules.stop_ids:
+            early = self.length[:slots] < self.rules.min_new_tokens
             log_probs = log_probs.clone()
-            stops = torch.tensor(self.rules.stop_ids)
-            rows = early.nonzero().squeeze(1)
-            log_probs[rows[:, None, None], torch.arange(self.rules.hypotheses)[:, None], stops] = (
-                float("-inf")
-            )
+            kept = log_probs[..., self.stops]
+            log_probs[..., self.stops] = kept.masked_fill(early[:, None, None], float("-inf"))
         if self.rules.do_sample:
             assert generators is not None
             return self._sample(log_probs, generators)
@@ -101,16 +117,14 @@ class Hypotheses:
 
     def _hits(self, tokens: Tensor, slots: int) -> Tensor:
         """Which of tokens [S, n] end their hypothesis: a stop token, or no room for more."""
-        stop = torch.zeros_like(tokens, dtype=torch.bool)
-        for token in self.rules.stop_ids:
-            stop |= tokens == token
+        stop = (tokens[..., None] == self.stops).any(dim=-1)
         return stop | (self.length[:slots, None] + 1 >= self.rules.max_new_tokens)
 
     def _beam(self, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         slots, beams, vocabulary = log_probs.shape
         size = beams // self.rules.groups
         parents, tokens, over = [], [], []
-        chosen = torch.zeros(slots, vocabulary)  # how often earlier groups took each token
+        chosen = log_probs.new_zeros(slots, vocabulary)  # how often earlier groups took each token
         for group in range(self.rules.groups):
             part = slice(group * size, (group + 1) * size)
             found = self._group(log_probs[:, part], part, chosen)
@@ -144,7 +158,7 @@ class Hypotheses:
         next_scores = (best + hits * LOW).gather(1, going)
 
         new_length = self.length[:slots] + 1
-        ended = hits & (torch.arange(keep) < beams)  # others are only there to keep beams running
+        ended = hits & (torch.arange(keep, device=self.device) < beams)  # others are only there to keep beams running
         ended &= self._open(slots, part)[:, None]
         if rules.early_stopping is True:
             ended &= ~self.finished[:slots, part].all(dim=1, keepdim=True)
@@ -184,11 +198,11 @@ class Hypotheses:
     ) -> None:
         """Merge what ended at this step with what had ended before; the best K of a group stay."""
         slots, beams = scores.shape[0], part.stop - part.start
-        if not bool(ended.any()):
-            return
+        if self.device.type == "cpu" and not bool(ended.any()):
+            return  # elsewhere to ask would be to wait
         merged = torch.cat([self.done_scores[:slots, part], scores], dim=1)
         best = torch.topk(merged, beams).indices
-        rows = torch.arange(slots)[:, None]
+        rows = torch.arange(slots, device=self.device)[:, None]
         own = parents + part.start
         history = self.tokens[:slots][rows, own]  # [S, keep, T]
         chances = self.log_probs[:slots][rows, own]
@@ -210,7 +224,7 @@ class Hypotheses:
     def _take(self, parents: Tensor, tokens: Tensor, log_probs: Tensor) -> None:
         """Append tokens to the histories of their parents."""
         slots = parents.shape[0]
-        rows = torch.arange(slots)[:, None]
+        rows = torch.arange(slots, device=self.device)[:, None]
         at = self.length[:slots, None, None].expand(-1, parents.shape[1], 1)
         chances = log_probs[rows, parents, tokens]
         for store, new in ((self.tokens, tokens), (self.log_probs, chances)):
@@ -239,7 +253,7 @@ class Hypotheses:
     def _independent(self, log_probs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Every hypothesis goes its own way and stops by itself."""
         slots, hypotheses = tokens.shape
-        parents = torch.arange(hypotheses).expand(slots, -1)
+        parents = torch.arange(hypotheses, device=self.device).expand(slots, -1)
         chances = log_probs.gather(2, tokens[:, :, None]).squeeze(2)
         self.scores[:slots] += chances
         hits = self._hits(tokens, slots)
@@ -258,13 +272,14 @@ class Hypotheses:
         return parents, tokens, self.finished[:slots].all(dim=1)
 
     def best(self, slot: int, count: int) -> list[tuple[list[int], list[float], float]]:
-        """The best finished hypotheses: tokens, log-probabilities, score."""
-        order = torch.sort(self.done_scores[slot], descending=True, stable=True).indices[:count]
+        """The best finished hypotheses: tokens, log-probabilities, score; none that is NaN."""
+        order = torch.sort(self.done_scores[slot], descending=True, stable=True).indices
         out = []
         for index in order.tolist():
             length = int(self.done_length[slot, index])
-            if self.finished[slot, index]:
+            score = float(self.done_scores[slot, index])
+            if self.finished[slot, index] and math.isfinite(score):
                 tokens = self.done_tokens[slot, index, :length].tolist()
                 chances = self.done_log_probs[slot, index, :length].tolist()
-                out.append((tokens, chances, float(self.done_scores[slot, index])))
-        return out
+                out.append((tokens, chances, score))
+        return out[:count]

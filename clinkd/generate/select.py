@@ -43,7 +43,9 @@ def select(
     elif selection in NEEDS_SCORER:
         cosines = [math.nan if c is None else c for c in clip or []]
         if len(cosines) != len(candidates) or not all(math.isfinite(c) for c in cosines):
-            raise ValueError(f"selection {selection!r} needs a finite CLIP score of every candidate")
+            raise ValueError(
+                f"selection {selection!r} needs a finite CLIP score of every candidate"
+            )
         values = cosines
         if selection == "mixed":
             pairs = zip(_unit(cosines), _unit(beam), strict=True)

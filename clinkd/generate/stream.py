@@ -166,7 +166,8 @@ def _row(
         "selection": selection,
         "selected": chosen,
         "candidates": [
-            _candidate(candidate, cosine) for candidate, cosine in zip(candidates, clip, strict=True)
+            _candidate(candidate, cosine)
+            for candidate, cosine in zip(candidates, clip, strict=True)
         ],
         "error": error,
     }

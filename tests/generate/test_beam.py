@@ -152,7 +152,7 @@ def test_prompt_is_stored_once(model):
     from clinkd.generate.cache import PrefixCache
 
     keys = [torch.randn(2, 30, 16) for _ in range(2)]
-    cache = PrefixCache(slots=1, hypotheses=3, prefix=30, steps=4)
+    cache = PrefixCache(1, 3, prefix=30, steps=4, device=torch.device("cpu"))
     cache.admit(0, keys, keys)
     places = 30 + 3 * 4
     assert cache.nbytes == 2 * 2 * 2 * places * 16 * 4  # layers, k and v, heads, places, D, fp32
