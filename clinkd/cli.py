@@ -118,6 +118,45 @@ _add_stage("report", "Write the HTML report.")
 
 
 @app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="predictions (.jsonl) or a config (.yaml)")],
+    overrides: Overrides = None,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="records that hold the truth, by id")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option("--protocol", help="bird, clinkd or strict; docs/evaluation.md")
+    ] = "clinkd",
+    task: Annotated[
+        str | None, typer.Option("--task", help="VG, ROC, RC or MIA, for rows that name none")
+    ] = None,
+    meteor: Annotated[
+        str, typer.Option("--meteor", help="jar, python or auto: the jar where Java is")
+    ] = "auto",
+    spice: Annotated[bool, typer.Option("--spice", help="SPICE's jar for RC")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave malformed lines out")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    update: Update = False,
+) -> None:
+    """Score a prediction file by a published protocol, or do the evaluation stage of a config."""
+    from clinkd.commands.evaluate import evaluate_file, is_config
+
+    if is_config(target):
+        _execute(target, overrides or [], first="evaluate", last="evaluate", update=update)
+        return
+    evaluate_file(
+        target,
+        reference=reference,
+        protocol=protocol,
+        task=task,
+        meteor=meteor,
+        spice=spice,
+        skip_bad=skip_bad,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def validate(config: Config, overrides: Overrides = None) -> None:
     """Check a config without running it, and print all of it, defaults included."""
     from clinkd.config import dump, load

@@ -1,7 +1,7 @@
 """Scene-graph F1, after the idea of SPICE (Anderson et al. 2016, arXiv:1607.08822).
 
 Objects, attributes and relations are read off a dependency parse, and the tuples of answer and
-truth compared. The parser, the rules and the synonyms are not SPICE's, so the figures are not either.
+truth compared. Parser, rules and synonyms are not SPICE's, so the figures are not either.
 """
 
 import os
