@@ -57,7 +57,9 @@ def _piece_kernel(
     piece = tl.program_id(1)
     pieces = tl.num_programs(1)
     b, h = head // Hkv, head % Hkv
-    rows = tl.arange(0, BLOCK_R)  # row = hypothesis * G + query head of the group
+    rows = tl.program_id(2) * BLOCK_R + tl.arange(
+        0, BLOCK_R
+    )  # row = hypothesis * G + query head of the group
     d = tl.arange(0, BLOCK_D)
     hypothesis = rows // G
     is_row = rows < K * G
@@ -165,15 +167,16 @@ def piece_places(B: int, Hkv: int, P: int, processors: int) -> int:
 
 
 def tile(rows: int, element_size: int) -> dict[str, Any]:
-    """Tile, warps and stages for K * G rows, by what compiles without spills: `benchmarks/`."""
-    block_r = max(16, triton.next_power_of_2(rows))
-    large = block_r > 64
+    """Tile, warps and stages for K * G rows: those that compile without spills, or nearly so."""
     if element_size > 2:
-        # float32 as three TF32 products on tensor cores: its own FMAs spill thousands of registers
-        settings = dict(BLOCK_N=32, PRECISION="tf32x3", num_stages=2)
-    else:
-        settings = dict(BLOCK_N=64, PRECISION="tf32", num_stages=2 if large else 3)
-    return dict(BLOCK_R=block_r, num_warps=8 if large else 4, **settings)
+        # float32 as three TF32 products on tensor cores: its own FMAs spill thousands of registers;
+        # more than 32 rows are cut, and read the keys more than once
+        block_r = min(32, max(16, triton.next_power_of_2(rows)))
+        return dict(BLOCK_R=block_r, BLOCK_N=32, PRECISION="tf32x3", num_warps=8, num_stages=2)
+    block_r = min(128, max(16, triton.next_power_of_2(rows)))
+    if block_r == 128:
+        return dict(BLOCK_R=128, BLOCK_N=32, PRECISION="tf32", num_warps=8, num_stages=3)
+    return dict(BLOCK_R=block_r, BLOCK_N=64, PRECISION="tf32", num_warps=4, num_stages=3)
 
 
 def launch(
@@ -209,7 +212,8 @@ def launch(
     if out.numel() == 0:
         return out
     block_d = max(16, triton.next_power_of_2(D))
-    _piece_kernel[(B * Hkv, pieces)](
+    settings = tile(K * G, q.element_size())
+    _piece_kernel[(B * Hkv, pieces, triton.cdiv(K * G, settings["BLOCK_R"]))](
         q,
         prefix_k,
         prefix_v,
@@ -233,7 +237,7 @@ def launch(
         PIECE=place,
         BLOCK_D=block_d,
         UPCAST=INTERPRETED,
-        **tile(K * G, q.element_size()),
+        **settings,
     )
     _merge_kernel[(B * Hkv, K * G)](
         piece_out,

@@ -1,20 +1,17 @@
 """Batched beam search in which a question's prompt is encoded and stored once."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from clinkd.data.prompt import encode_prompt
 from clinkd.generate.cache import ATTENTION, PrefixCache
 from clinkd.generate.hypotheses import EarlyStopping, Hypotheses, Rules
+from clinkd.generate.inputs import Inputs, encode_request, reason, stop_tokens
 from clinkd.generate.results import Candidate, Result
-
-_INPUTS = ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 
 
 class BeamSearcher:
@@ -32,6 +29,7 @@ class BeamSearcher:
         early_stopping: as in transformers: False, True or "never".
         min_new_tokens: no stop token before so many tokens.
         stop_ids: tokens that end an answer; default: the model's own.
+        stop_texts: more of them by their text, each one token of the processor's tokenizer.
         num_beam_groups: diverse groups; `diversity_penalty` is taken from a token's score for each
             time that an earlier group chose it at this step (Vijayakumar et al. 2016).
         do_sample: `num_samples` independent samples at `temperature` and `top_p` instead of beams.
@@ -54,6 +52,7 @@ class BeamSearcher:
         *,
         min_new_tokens: int = 0,
         stop_ids: Sequence[int] | None = None,
+        stop_texts: Sequence[str] = (),
         num_beam_groups: int = 1,
         diversity_penalty: float = 0.0,
         do_sample: bool = False,
@@ -70,7 +69,7 @@ class BeamSearcher:
         ):
             if not 1 <= value <= most:
                 raise ValueError(f"{name} must be 1 to {most}, got {value}")
-        if num_beams % num_beam_groups:
+        if num_beam_groups < 1 or num_beams % num_beam_groups:
             raise ValueError(
                 f"num_beam_groups must divide num_beams = {num_beams}, got {num_beam_groups}"
             )
@@ -78,7 +77,8 @@ class BeamSearcher:
             raise ValueError(
                 f"temperature must be above 0 and top_p in (0, 1], got {temperature} and {top_p}"
             )
-        self.model = model
+        # an adapter of PEFT sits inside the layers: the model it wraps answers with it
+        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.processor = processor
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -89,7 +89,7 @@ class BeamSearcher:
             max_new_tokens=max_new_tokens,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
-            stop_ids=_stop_ids(model) if stop_ids is None else tuple(stop_ids),
+            stop_ids=stop_tokens(model, processor, stop_ids, stop_texts),
             min_new_tokens=min_new_tokens,
             do_sample=do_sample,
             temperature=temperature,
@@ -99,71 +99,44 @@ class BeamSearcher:
         )
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Mapping[str, Any]]) -> list[Result]:
+    def generate(
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Result]:
         """Answer requests, in their order.
 
         Args:
             requests: `{"id", "image" | "images" | none, "question"}`, images as PIL images, or
                 `{"id", "input_ids", ...}` with what a processor returns. A request that cannot be
                 answered gets a result with `error`; the others go on.
+            progress: called with the number of requests answered so far.
         """
         found: dict[int, Result] = {}
-        waiting: deque[tuple[int, dict[str, Tensor]]] = deque()
+        waiting: deque[tuple[int, Inputs]] = deque()
+        model, processor, most = self.model, self.processor, self.rules.max_new_tokens
         for index, request in enumerate(requests):
             try:
-                waiting.append((index, self._encode(request)))
-            except (ValueError, KeyError, OSError) as error:
-                found[index] = Result(str(request.get("id", index)), error=str(error))
+                waiting.append((index, encode_request(request, model, processor, most)))
+            except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
+                found[index] = Result(str(request.get("id", index)), error=reason(error))
         # similar lengths side by side: less padding in a prefill
         waiting = deque(sorted(waiting, key=lambda item: -item[1]["input_ids"].shape[1]))
         was_training = self.model.training
         self.model.eval()
         try:
             for index, candidates in self._search(waiting):
-                found[index] = Result(str(requests[index].get("id", index)), candidates)
+                missing = "no candidate: the model's scores are not finite"
+                name = str(requests[index].get("id", index))
+                found[index] = Result(name, candidates, None if candidates else missing)
+                if progress is not None:
+                    progress(len(found))
         finally:
             self.model.train(was_training)
+            self.model.model.rope_deltas = None  # of no use to anybody else's batch
         return [found[index] for index in range(len(requests))]
 
-    def _encode(self, request: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Model inputs of one request, checked."""
-        if "input_ids" in request:
-            inputs = {name: torch.as_tensor(request[name]) for name in _INPUTS if name in request}
-            inputs["input_ids"] = inputs["input_ids"].reshape(1, -1)
-        else:
-            if self.processor is None:
-                raise ValueError("a request without input_ids needs a processor")
-            images = request.get("images", request.get("image"))
-            images = (
-                [] if images is None else [images] if isinstance(images, Image.Image) else images
-            )
-            encoded = encode_prompt(self.processor, request["question"], images)
-            inputs = {name: encoded[name] for name in _INPUTS if name in encoded}
-        self._check(inputs)
-        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-
-    def _check(self, inputs: dict[str, Tensor]) -> None:
-        ids = inputs["input_ids"]
-        length, most = ids.shape[1], self.text.max_position_embeddings
-        if length == 0:
-            raise ValueError("the prompt is empty")
-        if length + self.rules.max_new_tokens > most:
-            raise ValueError(
-                f"prompt of {length} tokens and {self.rules.max_new_tokens} new ones exceed the "
-                f"model's context of {most}; lower max_new_tokens or the image's max_pixels"
-            )
-        token = self.model.config.image_token_id
-        count = int((ids == token).sum())
-        merge = self.model.config.vision_config.spatial_merge_size**2
-        grid = inputs.get("image_grid_thw")
-        expected = 0 if grid is None else int(grid.prod(dim=1).sum()) // merge
-        if count != expected:
-            raise ValueError(f"the prompt has {count} image tokens, its images make {expected}")
-        inputs["mm_token_type_ids"] = (ids == token).to(torch.int32)
-
-    def _search(
-        self, waiting: deque[tuple[int, dict[str, Tensor]]]
-    ) -> Iterator[tuple[int, list[Candidate]]]:
+    def _search(self, waiting: deque[tuple[int, Inputs]]) -> Iterator[tuple[int, list[Candidate]]]:
         """Answer encoded requests; each yields its index and candidates when it is finished."""
         if not waiting:
             return
@@ -182,7 +155,9 @@ class BeamSearcher:
         while owners or waiting:
             fresh = {slot: waiting.popleft() for slot in free[: len(waiting)]}
             if fresh:
-                new = self._prefill([inputs for _, inputs in fresh.values()], cache, start, list(fresh))
+                new = self._prefill(
+                    [inputs for _, inputs in fresh.values()], cache, start, list(fresh)
+                )
                 for slot, (index, _) in fresh.items():
                     hypotheses.admit(slot)
                     generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + index)
@@ -211,7 +186,7 @@ class BeamSearcher:
                 logits = self._step(cache, parents[:count], tokens[:count], start[:count])
 
     def _prefill(
-        self, inputs: list[dict[str, Tensor]], cache: PrefixCache, start: Tensor, slots: list[int]
+        self, inputs: list[Inputs], cache: PrefixCache, start: Tensor, slots: list[int]
     ) -> Tensor:
         """Encode new prompts into slots; logits of their next token [n, K, V]."""
         core = self.model.model
@@ -242,8 +217,8 @@ class BeamSearcher:
             )
             start[slots[row]] = length + (0.0 if deltas is None else float(deltas[row]))
         rows = torch.arange(len(inputs), device=hidden.device)
-        logits = self.model.lm_head(hidden[rows, ends - 1])  # [n, V]
-        return logits[:, None].expand(-1, self.rules.hypotheses, -1)
+        logits: Tensor = self.model.lm_head(hidden[rows, ends - 1])  # [n, V]
+        return logits[:, None].repeat(1, self.rules.hypotheses, 1)
 
     def _step(self, cache: PrefixCache, parents: Tensor, tokens: Tensor, start: Tensor) -> Tensor:
         """Feed one token of every hypothesis; logits of the next [S, K, V]."""
@@ -287,8 +262,3 @@ def _put_rows(logits: Tensor, new: Tensor, slots: list[int]) -> Tensor:
     for row, slot in enumerate(slots[:held]):
         logits[slot] = new[row]
     return torch.cat([logits, new[held:]]) if len(logits) else new
-
-
-def _stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    eos = model.generation_config.eos_token_id
-    return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)

@@ -1,8 +1,8 @@
 """Keys and values of questions whose hypotheses share one prompt.
 
-A question owns a slot: its prompt's keys and values, stored once, and behind them one place for every
-hypothesis of every step. Hypotheses never move: which places a hypothesis may see is a row of a mask,
-so that reordering beams moves bits and not tensors.
+A question owns a slot: its prompt's keys and values, stored once, and behind them one place for
+every hypothesis of every step. Hypotheses never move: which places a hypothesis may see is a row of
+a mask, so that reordering beams moves bits and not tensors.
 """
 
 from typing import Any
@@ -35,9 +35,8 @@ class PrefixCache:
         self.slots, self.hypotheses, self.prefix = slots, hypotheses, prefix
         self.places = steps * hypotheses
         self.layers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # prefix k, v, suffix k, v
-        whole = dict(dtype=torch.int32, device=device)
-        self.prefix_lengths = torch.zeros(slots, **whole)
-        self.suffix_lengths = torch.zeros(slots, **whole)
+        self.prefix_lengths = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.suffix_lengths = torch.zeros_like(self.prefix_lengths)
         self.step = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens generated
         self.visible = torch.zeros(slots, hypotheses, self.places, dtype=torch.bool, device=device)
         self.active = 0
@@ -116,7 +115,7 @@ class PrefixCache:
         n = self.active
         prefix_k, prefix_v, suffix_k, suffix_v = (t[:n] for t in self.layers[layer])
         out = prefix_decode_attention(
-            query.unflatten(0, (n, self.hypotheses)).squeeze(3),
+            query.reshape(n, self.hypotheses, *query.shape[1::2]),
             prefix_k,
             prefix_v,
             suffix_k,

@@ -21,9 +21,21 @@ LOG_EVERY = 10
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 MODEL = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": IMAGE_SIZE, "layers": 3, "width": 96, "head_width": 32, "patch_size": 16},
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-}  # fmt: skip
+    "vision_cfg": {
+        "image_size": IMAGE_SIZE,
+        "layers": 3,
+        "width": 96,
+        "head_width": 32,
+        "patch_size": 16,
+    },
+    "text_cfg": {
+        "context_length": CONTEXT,
+        "vocab_size": 49408,
+        "width": 64,
+        "heads": 2,
+        "layers": 2,
+    },
+}
 
 
 def train_clip(
@@ -52,7 +64,7 @@ def train_clip(
     names = sorted({r.images[0] for r in usable})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = open_clip.CLIP(**MODEL)  # type: ignore[arg-type]
+        model = open_clip.CLIP(**MODEL)
     transform = open_clip.image_transform(IMAGE_SIZE, is_train=False, mean=MEAN, std=STD)
     pixels = {name: transform(load_image(data_root, name)) for name in names}
     tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)

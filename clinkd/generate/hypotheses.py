@@ -48,15 +48,15 @@ class Hypotheses:
         self.device = device
         self.stops = torch.tensor(rules.stop_ids, dtype=torch.int64, device=device)
         shape = (slots, rules.hypotheses)
-        whole = dict(dtype=torch.int64, device=device)
-        self.length = torch.zeros(slots, **whole)
-        self.tokens = torch.zeros(*shape, rules.max_new_tokens, **whole)
+        whole = torch.int64
+        self.length = torch.zeros(slots, dtype=whole, device=device)
+        self.tokens = torch.zeros(*shape, rules.max_new_tokens, dtype=whole, device=device)
         self.log_probs = torch.zeros(*shape, rules.max_new_tokens, device=device)
         self.scores = torch.zeros(shape, device=device)
         self.done_tokens = torch.zeros_like(self.tokens)
         self.done_log_probs = torch.zeros_like(self.log_probs)
         self.done_scores = torch.zeros(shape, device=device)
-        self.done_length = torch.zeros(shape, **whole)
+        self.done_length = torch.zeros(shape, dtype=whole, device=device)
         self.finished = torch.zeros(shape, dtype=torch.bool, device=device)
 
     def _state(self) -> tuple[Tensor, ...]:
@@ -117,7 +117,7 @@ class Hypotheses:
 
     def _hits(self, tokens: Tensor, slots: int) -> Tensor:
         """Which of tokens [S, n] end their hypothesis: a stop token, or no room for more."""
-        stop = (tokens[..., None] == self.stops).any(dim=-1)
+        stop: Tensor = (tokens[..., None] == self.stops).any(dim=-1)
         return stop | (self.length[:slots, None] + 1 >= self.rules.max_new_tokens)
 
     def _beam(self, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +158,9 @@ class Hypotheses:
         next_scores = (best + hits * LOW).gather(1, going)
 
         new_length = self.length[:slots] + 1
-        ended = hits & (torch.arange(keep, device=self.device) < beams)  # others are only there to keep beams running
+        ended = hits & (
+            torch.arange(keep, device=self.device) < beams
+        )  # others are only there to keep beams running
         ended &= self._open(slots, part)[:, None]
         if rules.early_stopping is True:
             ended &= ~self.finished[:slots, part].all(dim=1, keepdim=True)
@@ -174,7 +176,7 @@ class Hypotheses:
 
     def _open(self, slots: int, part: slice) -> Tensor:
         """Groups that could still improve before this step; a closed one takes nothing more."""
-        started = self.length[:slots] > 0
+        started: Tensor = self.length[:slots] > 0
         return ~started | self._improvable(slots, part, self.length[:slots])
 
     def _improvable(self, slots: int, part: slice, length: Tensor) -> Tensor:

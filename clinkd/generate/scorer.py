@@ -21,21 +21,20 @@ class ClipScorer:
     """Cosine between an image and texts, by an open_clip or a transformers CLIP or SigLIP model.
 
     Boxes and markup are taken out of the texts first. A text longer than the model's window is
-    scored sentence by sentence and the mean taken; `long_texts` counts those.
+    scored sentence by sentence and the mean taken: `parts` says which.
     """
 
     def __init__(self, backend: "_OpenClip | _Transformers") -> None:
         self.backend = backend
-        self.long_texts = 0
 
     @classmethod
     def load(cls, name: str, device: str | torch.device = "cpu") -> "ClipScorer":
         """Load a scorer.
 
         Args:
-            name: `local-dir:FOLDER` or a folder in open_clip's layout (`open_clip_config.json` beside
-                the weights, as BiomedCLIP has it), a folder of a transformers CLIP or SigLIP model,
-                `hf-hub:OWNER/MODEL`, or an open_clip `ARCHITECTURE/PRETRAINED`.
+            name: `local-dir:FOLDER` or a folder in open_clip's layout (`open_clip_config.json`
+                beside the weights, as BiomedCLIP has it), a folder of a transformers CLIP or SigLIP
+                model, `hf-hub:OWNER/MODEL`, or an open_clip `ARCHITECTURE/PRETRAINED`.
 
         Raises:
             ConfigError: nothing of that name.
@@ -65,7 +64,7 @@ class ClipScorer:
 
         The image is encoded once, all sentences in one batch.
         """
-        parts = [self._parts(strip_boxes(text)) for text in texts]
+        parts = [self.parts(text) for text in texts]
         flat = [part for each in parts for part in each]
         if not flat:
             return []
@@ -79,11 +78,11 @@ class ClipScorer:
             start += len(each)
         return out
 
-    def _parts(self, text: str) -> list[str]:
-        """The text, or its sentences where it does not fit into the model's window."""
+    def parts(self, text: str) -> list[str]:
+        """What is scored of a text: all but boxes, sentence by sentence if it is too long."""
+        text = strip_boxes(text)
         if self.backend.fits(text):
             return [text]
-        self.long_texts += 1
         return [sentence for sentence in _SENTENCE_END.split(text) if sentence] or [text]
 
 
@@ -101,10 +100,10 @@ class _OpenClip:
         self.device = device
 
     def fits(self, text: str) -> bool:
-        """Whether cutting at the window would lose nothing: a longer window gives no more tokens."""
-        context = int(getattr(self.tokenizer, "context_length", 77))
-        longer = self.tokenizer([text], context_length=4 * context)
-        return int((longer != 0).sum()) <= context
+        """Whether a longer window would hold nothing but padding beyond this one."""
+        context = int(self.tokenizer.context_length)
+        beyond = self.tokenizer([text], context_length=4 * context)[0, context:]
+        return bool((beyond == beyond[-1]).all())
 
     def image(self, image: Image.Image) -> Tensor:
         pixels = self.preprocess(image.convert("RGB")).unsqueeze(0).to(self.device)
@@ -120,10 +119,16 @@ class _Transformers:
     def __init__(self, folder: Path, device: str | torch.device) -> None:
         from transformers import AutoModel, AutoProcessor
 
-        self.model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-        if not hasattr(self.model, "get_image_features"):
-            raise ConfigError(f"scorer {folder}: {type(self.model).__name__} is no CLIP or SigLIP")
-        self.processor: Any = AutoProcessor.from_pretrained(folder)
+        try:
+            model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            self.processor: Any = AutoProcessor.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"scorer {str(folder)!r} cannot be loaded: {error}") from error
+        if not hasattr(model, "get_image_features"):
+            raise ConfigError(
+                f"scorer {str(folder)!r}: {type(model).__name__} is no CLIP or SigLIP"
+            )
+        self.model: Any = model.eval().to(device)
         self.device = device
         self.context = int(self.model.config.text_config.max_position_embeddings)
 

@@ -27,8 +27,8 @@ def select(
         candidates: best beam first.
         selection: `clip` (the paper): highest cosine; `beam`: the search's own order; `mixed`:
             `mix` × CLIP + (1 − mix) × beam, both brought to 0…1 among the candidates; `consensus`:
-            the one that agrees most with the others (boxes by IoU for VG, else words); `oracle`: the
-            one closest to the truth, for analysis.
+            the one that agrees most with the others (boxes by IoU for VG, else words); `oracle`:
+            the one closest to the truth, for analysis.
         clip: cosine of each candidate.
         quality: of an answer against the truth; needed by `oracle`.
 

@@ -1,21 +1,24 @@
 """Answers of a model to records, written as they finish; a run that was killed goes on."""
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from clinkd.data.files import write_jsonl
 from clinkd.data.images import load_image
 from clinkd.data.records import Record
 from clinkd.errors import DataError
 from clinkd.generate.beam import BeamSearcher
+from clinkd.generate.journal import Journal
 from clinkd.generate.results import Candidate, Result
 from clinkd.generate.scorer import ClipScorer
-from clinkd.generate.select import Selection, select, truth_quality
+from clinkd.generate.select import NEEDS_SCORER, Selection, select, truth_quality
 
 Progress = Callable[[int, int, str], None]
 BLOCK = 4  # batches of questions searched together and written together
@@ -37,19 +40,31 @@ def answer_records(
     scorer: ClipScorer | None = None,
     selection: Selection = "beam",
     mix: float = 0.5,
+    stop_texts: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> None:
     """Answer every record's question and write `output`, one prediction a line, in their order.
 
     Lines go to a journal beside `output` block by block, and become `output` once all are there. A
-    later call with the same arguments takes up the journal. Blocks are cut from the records in
-    order, so that what a question is computed together with, and with it every digit, does not
-    depend on interruptions.
+    later call with the same model and arguments takes up the journal; one with others starts anew.
+    Blocks are cut from the records in order, so that what a question is computed together with, and
+    with it every digit, does not depend on interruptions. No more than a block is in memory.
+
+    A question that cannot be answered gets the reason as its "error" and an empty response.
+
+    Args:
+        records: their first questions are asked; the last answers are the annotations.
+        batch_size: questions in flight; a block is `BLOCK` times as many.
+        scorer: scores every candidate against the question's images.
+        selection: see `clinkd.generate.select`; `beam` where a question has no image to score.
+        mix: λ of `mixed`.
+        stop_texts: see `BeamSearcher`.
+        progress: called with answered, all, and a name.
 
     Raises:
-        ValueError: `selection` needs a scorer and there is none.
+        ValueError: `selection` needs a scorer and there is none, or a setting out of range.
     """
-    if selection in ("clip", "mixed") and scorer is None:
+    if selection in NEEDS_SCORER and scorer is None:
         raise ValueError(f"selection {selection!r} needs a scorer")
     searcher = BeamSearcher(
         model,
@@ -58,45 +73,50 @@ def answer_records(
         samples,
         max_new_tokens,
         length_penalty,
+        stop_texts=stop_texts,
         batch_size=batch_size,
     )
     output = Path(output)
-    journal = output.with_name(f".{output.name}.journal")
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    block = BLOCK * batch_size
-    done = _recover(journal, records, block)
-    with open(journal, "a", encoding="utf-8") as file:
-        for start in range(done, len(records), block):
+    settings = {
+        "settings": repr((searcher.rules, samples, batch_size, selection, mix)),
+        "model": _fingerprint(model),
+        "scorer": _fingerprint(scorer.backend.model) if scorer is not None else None,
+    }
+    journal = Journal(
+        output, _line(settings), [record.id for record in records], BLOCK * batch_size
+    )
+    for start in range(journal.done, len(records), BLOCK * batch_size):
+        part = records[start : start + BLOCK * batch_size]
+
+        def answered(count: int, start: int = start) -> None:
             if progress is not None:
-                progress(start, len(records), output.stem)
-            part = records[start : start + block]
-            for row in _answer_block(searcher, part, data_root, scorer, selection, mix):
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+                progress(start + count, len(records), output.stem)
+
+        answered(0)
+        rows = _answer_block(searcher, part, data_root, scorer, selection, mix, answered)
+        journal.append("".join(_line(row) for row in rows))
+    journal.finish()
     if progress is not None:
         progress(len(records), len(records), output.stem)
-    os.replace(journal, output)
 
 
-def _recover(journal: Path, records: Sequence[Record], block: int) -> int:
-    """Keep the whole blocks of a journal; the number of records that they answer."""
-    rows = []
-    if journal.exists():
-        for line, record in zip(
-            journal.read_text(encoding="utf-8").splitlines(), records, strict=False
-        ):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # cut in half when the process was killed
-            if row.get("id") != record.id:
-                break  # of other records
-            rows.append(row)
-        whole = len(rows) if len(rows) == len(records) else len(rows) // block * block
-        rows = rows[:whole]
-        write_jsonl(journal, rows)
-    return len(rows)
+def _fingerprint(model: torch.nn.Module) -> str:
+    """Of a model's weights: some of each tensor's values; training changes nearly all."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 64)].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _line(row: dict[str, Any]) -> str:
+    """JSON with a newline, without the characters that some readers take for another one."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    for mark in ("\u0085", "\u2028", "\u2029"):
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    return text + "\n"
 
 
 def _answer_block(
@@ -106,6 +126,7 @@ def _answer_block(
     scorer: ClipScorer | None,
     selection: Selection,
     mix: float,
+    answered: Callable[[int], None],
 ) -> Iterator[dict[str, Any]]:
     images: dict[int, list[Any]] = {}
     errors: dict[int, str] = {}
@@ -117,7 +138,7 @@ def _answer_block(
             errors[index] = str(error)
             continue
         requests.append({"id": str(index), "images": images[index], "question": record.question})
-    results = {int(result.id): result for result in searcher.generate(requests)}
+    results = {int(result.id): result for result in searcher.generate(requests, answered)}
     for index, record in enumerate(records):
         result = results.get(index) or Result(str(index), error=errors[index])
         yield _row(record, result, images.get(index, []), scorer, selection, mix)
@@ -132,6 +153,8 @@ def _row(
     mix: float,
 ) -> dict[str, Any]:
     """One line of predictions.jsonl."""
+    if not images and selection in NEEDS_SCORER:
+        selection = "beam"
     candidates, error = result.candidates, result.error
     if error is None and not candidates:
         error = "the search found no candidate"
@@ -145,7 +168,7 @@ def _row(
         try:
             chosen = select(
                 candidates,
-                "beam" if selection in ("clip", "mixed") and not images else selection,
+                selection,
                 clip=clip,
                 mix=mix,
                 task=record.task,
@@ -161,24 +184,31 @@ def _row(
         "group": record.group,
         "question": record.question,
         "annotation": record.answer,
-        "response": candidates[chosen].text if candidates else "",
+        "response": candidates[chosen].text if error is None else "",
         "boxes": [list(box) for box in record.boxes],
         "selection": selection,
         "selected": chosen,
         "candidates": [
-            _candidate(candidate, cosine)
+            _candidate(candidate, cosine, scorer)
             for candidate, cosine in zip(candidates, clip, strict=True)
         ],
         "error": error,
     }
 
 
-def _candidate(candidate: Candidate, cosine: float | None) -> dict[str, Any]:
-    finite = cosine is not None and cosine == cosine
-    return {
+def _candidate(
+    candidate: Candidate, cosine: float | None, scorer: ClipScorer | None
+) -> dict[str, Any]:
+    row = {
         "text": candidate.text,
         "score": round(candidate.score, DIGITS),
         "mean_log_prob": round(candidate.mean_log_prob, DIGITS),
         "tokens": len(candidate.token_ids),
-        "clip": round(cosine, DIGITS) if finite and cosine is not None else None,
+        "clip": None,
     }
+    if scorer is not None and cosine is not None:
+        row["clip"] = round(cosine, DIGITS) if math.isfinite(cosine) else None
+        sentences = len(scorer.parts(candidate.text))
+        if sentences > 1:
+            row["clip_sentences"] = sentences  # longer than the window: "clip" is their mean
+    return row

@@ -1,5 +1,6 @@
 """Attention of one decode step for hypotheses that share one prompt."""
 
+import importlib
 import importlib.util
 import os
 from functools import lru_cache
@@ -186,8 +187,9 @@ def _cpu(
     keys = [prefix_k[:, :, :P].to(compute), suffix_k[:, :, :used].to(compute)]
     values = [prefix_v[:, :, :P].to(compute), suffix_v[:, :, :used].to(compute)]
 
-    rows = q.to(compute).unflatten(2, (Hkv, Hq // Hkv)).transpose(1, 2)  # [B, Hkv, K, G, D]
-    rows = (rows * scale).reshape(B, Hkv, K * (Hq // Hkv), D)
+    G = Hq // Hkv
+    rows = q.to(compute).reshape(B, K, Hkv, G, D).transpose(1, 2)
+    rows = (rows * scale).reshape(B, Hkv, K * G, D)
     scores = torch.empty(B, Hkv, rows.shape[2], P + used, dtype=compute)
     scores[..., :P] = rows @ keys[0].transpose(-1, -2)
     scores[..., P:] = rows @ keys[1].transpose(-1, -2)
@@ -197,15 +199,15 @@ def _cpu(
         values[0] = values[0].masked_fill(beyond[:, None, :, None], 0.0)
     seen = default_visible(B, K, M, q.device) if visible is None else visible
     hidden = ~(seen[..., :used] & (torch.arange(used) < suffix_lengths[:, None])[:, None])
-    by_hypothesis = scores.unflatten(2, (K, Hq // Hkv))[..., P:]  # [B, Hkv, K, G, used]
+    by_hypothesis = scores.view(B, Hkv, K, G, P + used)[..., P:]
     by_hypothesis.masked_fill_(hidden[:, None, :, None], float("-inf"))
     nobody = hidden.all(dim=1)
     if bool(nobody.any()):  # such places may be uninitialised: 0 * NaN must not reach the sum
         values[1] = values[1].masked_fill(nobody[:, None, :, None], 0.0)
     weights = scores.softmax(dim=-1)
     out = weights[..., :P] @ values[0] + weights[..., P:] @ values[1]
-    out = out.unflatten(2, (K, Hq // Hkv)).transpose(1, 2)  # [B, K, Hkv, G, D]
-    return out.reshape(B, K, Hq, D).to(q.dtype)
+    merged: Tensor = out.view(B, Hkv, K, G, D).transpose(1, 2).reshape(B, K, Hq, D).to(q.dtype)
+    return merged
 
 
 def _triton(
@@ -219,14 +221,15 @@ def _triton(
     visible: Tensor | None,
     scale: float,
 ) -> Tensor:
-    from clinkd.kernels.prefix_decode_attention import launch  # here: ops need torch alone
+    # by name: ops need torch alone, and the kernels' folder is outside the package's
+    launch = importlib.import_module("clinkd.kernels.prefix_decode_attention").launch
 
     B, K = q.shape[:2]
     if prefix_lengths is None:
         prefix_lengths = torch.full((B,), prefix_k.shape[2], dtype=torch.int32, device=q.device)
     if visible is None:
         visible = default_visible(B, K, suffix_k.shape[2], q.device)
-    return launch(
+    out: Tensor = launch(
         q if q.stride(-1) == 1 else q.contiguous(),
         *_like_strides(prefix_k, prefix_v),
         *_like_strides(suffix_k, suffix_v),
@@ -235,10 +238,11 @@ def _triton(
         visible.contiguous(),
         scale,
     )
+    return out
 
 
 def _like_strides(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with equal strides and components side by side, copied only if they differ."""
+    """Both with equal strides and components side by side, copied only where they are not."""
     if key.stride(-1) == 1 and key.stride() == value.stride():
         return key, value
     return key.contiguous(), value.contiguous()

@@ -72,14 +72,18 @@ def assert_as_accurate(actual, same, exact, dtype):
 def plain(inputs, dtype):
     """Plain torch in the inputs' own dtype, a hypothesis at a time."""
     q = inputs["q"]
-    B, K, Hq, D = q.shape
+    B, K, _, D = q.shape
     out = torch.empty_like(q)
     for b in range(B):
         P, M = inputs["prefix_lengths"][b], inputs["suffix_lengths"][b]
         for k in range(K):
             seen = inputs["visible"][b, k, :M]
-            key = torch.cat([inputs["prefix_k"][b, :, :P], inputs["suffix_k"][b, :, :M][:, seen]], 1)
-            val = torch.cat([inputs["prefix_v"][b, :, :P], inputs["suffix_v"][b, :, :M][:, seen]], 1)
+            key = torch.cat(
+                [inputs["prefix_k"][b, :, :P], inputs["suffix_k"][b, :, :M][:, seen]], 1
+            )
+            val = torch.cat(
+                [inputs["prefix_v"][b, :, :P], inputs["suffix_v"][b, :, :M][:, seen]], 1
+            )
             rows = q[b, k].unflatten(0, (key.shape[0], -1))  # [Hkv, G, D]
             weights = ((rows @ key.transpose(1, 2)) * D**-0.5).softmax(-1)
             out[b, k] = (weights @ val).flatten(0, 1)
@@ -180,7 +184,11 @@ def bad(**changes):
         ({"q": torch.zeros(2, 2, 3, 16)}, ValueError, "Hq = 3 must be a multiple of"),
         ({"prefix_v": torch.zeros(2, 2, 7, 16)}, ValueError, "prefix_v must be"),
         ({"suffix_k": torch.zeros(2, 1, 6, 16)}, ValueError, "suffix_k must be"),
-        ({"suffix_v": torch.zeros(2, 2, 6, 16).half()}, TypeError, "suffix_v must be torch.float32"),
+        (
+            {"suffix_v": torch.zeros(2, 2, 6, 16).half()},
+            TypeError,
+            "suffix_v must be torch.float32",
+        ),
         ({"suffix_lengths": torch.zeros(2)}, TypeError, "suffix_lengths must be int32 or int64"),
         ({"prefix_lengths": torch.zeros(3).int()}, ValueError, r"prefix_lengths must be \[B\]"),
         ({"visible": torch.zeros(2, 2, 6)}, TypeError, "visible must be bool"),
@@ -203,7 +211,7 @@ def test_choice_of_implementation(monkeypatch):
     assert resolve_prefix_decode("auto", cpu, torch.float32) == "cpu"
     with pytest.raises(ValueError, match="impl must be one of auto"):
         resolve_prefix_decode("fast", cpu, torch.float32)
-    with pytest.raises(RuntimeError, match="got torch.float64"):
+    with pytest.raises(RuntimeError, match=r"got torch\.float64"):
         resolve_prefix_decode("triton", cpu, torch.float64)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="it takes cuda tensors"):
