@@ -64,6 +64,9 @@ class RunFolder:
             folder._take_lock()
             folder._check_config(update)
             write_text(folder.path / "config.yaml", dump(config))
+        except ConfigError:
+            folder.close()
+            raise
         except (OSError, SetupError) as error:
             folder.close()
             reason = error.strerror if isinstance(error, OSError) else error
@@ -72,6 +75,12 @@ class RunFolder:
                 "output=FOLDER"
             ) from None
         return folder
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Let go of the lock."""

@@ -47,8 +47,7 @@ def run(
         split: sha256_file(records_file(getattr(config.data, split), split))
         for split in ("train", "test")
     }
-    folder = RunFolder.open(config, update=update)
-    try:
+    with RunFolder.open(config, update=update) as folder:
         if free_bytes(folder.path) < LEAST_FREE_BYTES:
             raise SetupError(
                 f"{folder.path}: less than {LEAST_FREE_BYTES >> 20} MiB of disk space left"
@@ -59,8 +58,6 @@ def run(
         marks = fingerprints(config, inputs)
         for stage in wanted:
             _run_stage(folder, stage, marks[stage], console)
-    finally:
-        folder.close()
     return folder
 
 

@@ -13,6 +13,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -185,6 +187,7 @@ class AnswerTrainer(Trainer):
             teacher.eval().requires_grad_(False)
             self.teacher = teacher.to(self.args.device)  # type: ignore[arg-type]
         self._parts: list[Tensor] = []  # (CE, KD) of each micro-batch since the last log line
+        self._logged_step = 0
         self._staging: str | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
@@ -219,11 +222,31 @@ class AnswerTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._parts and "loss" in logs:
-            steps = len(self._parts) / self.args.gradient_accumulation_steps
-            ce, kd = (torch.stack(self._parts).sum(dim=0) / steps).tolist()
+            steps = self.state.global_step - self._logged_step
+            ce, kd = (torch.stack(self._parts).sum(dim=0) / max(1, steps)).tolist()
+            self._logged_step = self.state.global_step
             logs |= {"ce": ce} | ({"kd": kd} if self.kd is not None else {})
             self._parts.clear()
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights of a checkpoint, under the model's own names.
+
+        `save_pretrained` writes the hub's older names, which the Trainer's resumption does not
+        know: it would go on from the weights that the run had started with, with a warning alone.
+        """
+        if state_dict is not None:  # gathered by DeepSpeed, which restores from files of its own
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.model, str(folder / "model.safetensors"))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_weights(self.model, str(Path(resume_from_checkpoint) / "model.safetensors"))
+        self._logged_step = int(resume_from_checkpoint.rsplit("-", 1)[1])
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)

@@ -13,6 +13,12 @@ def config(tmp_path, **tree):
     return check({"output": str(tmp_path / "run"), **tree})
 
 
+@pytest.fixture
+def folder(tmp_path):
+    with RunFolder.open(config(tmp_path)) as opened:
+        yield opened
+
+
 def test_goes_on_in_its_own_folder(tmp_path):
     folder = RunFolder.open(config(tmp_path))
     folder.note("prepare", status="done", summary="x")
@@ -53,15 +59,13 @@ def test_unwritable(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_damaged_book(tmp_path):
-    folder = RunFolder.open(config(tmp_path))
+def test_damaged_book(folder):
     (folder.path / "run.json").write_text('{"stages": {')
     with pytest.raises(DataError, match="damaged"):
         folder.book()
 
 
-def test_require_names_the_command(tmp_path):
-    folder = RunFolder.open(config(tmp_path))
+def test_require_names_the_command(folder):
     with pytest.raises(ClinkdError, match="clinkd teacher CONFIG"):
         folder.require("teacher")
     folder.note("teacher", status="running")
@@ -71,8 +75,7 @@ def test_require_names_the_command(tmp_path):
     folder.require("teacher")
 
 
-def test_clear_removes_the_stage_alone(tmp_path):
-    folder = RunFolder.open(config(tmp_path))
+def test_clear_removes_the_stage_alone(folder):
     for name in ("student/base", "student/distilled", "student/round-1", "correction/round-1"):
         (folder.path / name).mkdir(parents=True)
     folder.clear("correct")

@@ -1,0 +1,202 @@
+"""Training: the loss's normalisation, exact resumption, whole checkpoints, signals."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from clinkd.config import DemoModelConfig, DistillConfig, TrainConfig
+from clinkd.data.collate import AnswerDataset, collate
+from clinkd.data.records import read_records
+from clinkd.errors import ClinkdError, DataError, Preempted, SetupError
+from clinkd.models import apply
+from clinkd.models.demo import build_model, build_processor
+from clinkd.pipeline.paths import SAMPLE_FOLDER
+from clinkd.rotary import PositionConfig
+from clinkd.train import trainer
+from clinkd.train.log import MetricsLog
+from clinkd.train.loss import answer_forward
+from clinkd.train.trainer import Job, train
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
+SIZE = DemoModelConfig(layers=1, width=64, vision_layers=1, vision_width=32, vocabulary=500)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def records():
+    return read_records(SAMPLE_FOLDER / "train.jsonl")[:20]
+
+
+@pytest.fixture(scope="module")
+def processor(records):
+    texts = [turn.value for record in records for turn in record.conversations]
+    return build_processor(texts, SIZE.vocabulary, 3136, 56 * 56)
+
+
+def make_model(processor, seed=0):
+    return apply(build_model(processor, SIZE, seed), PositionConfig("paper"))
+
+
+def make_job(tmp_path, records, progress=None, name="a"):
+    log = MetricsLog(tmp_path / f"{name}.jsonl")
+    return Job("distill", tmp_path / name, log, records, SAMPLE_FOLDER, 0, progress)
+
+
+SETTINGS = DistillConfig(
+    epochs=2, learning_rate=1e-2, batch_size=3, gradient_accumulation=2, save_steps=2, log_steps=1
+)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, records, processor):
+    """Weights and log of a run that nobody interrupted."""
+    tmp_path = tmp_path_factory.mktemp("whole")
+    model = make_model(processor)
+    train(make_job(tmp_path, records), model, processor, SETTINGS, make_model(processor, 1))
+    return weights(model), (tmp_path / "a.jsonl").read_text(), sorted(os.listdir(tmp_path / "a"))
+
+
+def test_leaves_a_model_folder_and_no_checkpoints(whole):
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(whole[2])
+    assert not [name for name in whole[2] if "checkpoint" in name or name.startswith(".")]
+
+
+def test_log_has_loss_ce_and_kd(whole):
+    rows = [json.loads(line) for line in whole[1].splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    for row in rows:
+        expected = (row["ce"] + SETTINGS.kd_weight * row["kd"]) / (1 + SETTINGS.kd_weight)
+        assert row["loss"] == pytest.approx(expected, rel=1e-4)
+    assert rows[-1]["ce"] < rows[0]["ce"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 3, 4, 6])
+def test_killed_and_resumed_ends_bit_identical(tmp_path, records, processor, whole, at):
+    def kill(step, total, note):
+        if step == at:
+            raise Killed
+
+    teacher = make_model(processor, 1)
+    with pytest.raises(Killed):
+        train(make_job(tmp_path, records, kill), make_model(processor), processor, SETTINGS, teacher)
+    model = make_model(processor)
+    train(make_job(tmp_path, records), model, processor, SETTINGS, make_model(processor, 1))
+    assert_same(weights(model), whole[0])
+    assert (tmp_path / "a.jsonl").read_text() == whole[1]
+
+
+@pytest.mark.slow
+def test_killed_during_a_save(tmp_path, records, processor, whole, monkeypatch):
+    """A checkpoint is whole or absent: dying before the rename leaves the one before."""
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        if "checkpoint-4" in str(target):
+            calls.append(target)
+            raise Killed
+        return real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer.os, "replace", replace)
+        teacher = make_model(processor, 1)
+        train(make_job(tmp_path, records), make_model(processor), processor, SETTINGS, teacher)
+    assert calls
+    assert [p.name for p in (tmp_path / "a" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    model = make_model(processor)
+    train(make_job(tmp_path, records), model, processor, SETTINGS, make_model(processor, 1))
+    assert_same(weights(model), whole[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_and_stops(tmp_path, records, processor, whole, number):
+    def send(step, total, note):
+        if step == 3:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Preempted, match="step [34]") as error:
+        teacher = make_model(processor, 1)
+        train(make_job(tmp_path, records, send), make_model(processor), processor, SETTINGS, teacher)
+    assert error.value.exit_code == 75
+    model = make_model(processor)
+    train(make_job(tmp_path, records), model, processor, SETTINGS, make_model(processor, 1))
+    assert_same(weights(model), whole[0])
+
+
+@pytest.mark.slow
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, records, processor, monkeypatch):
+    real = trainer._sync_files
+
+    def full(folder):
+        if (folder / "checkpoint-4").exists():
+            raise OSError(28, "No space left on device")
+        real(folder)
+
+    monkeypatch.setattr(trainer, "_sync_files", full)
+    with pytest.raises(SetupError, match="No space left.*the one before it is whole"):
+        teacher = make_model(processor, 1)
+        train(make_job(tmp_path, records), make_model(processor), processor, SETTINGS, teacher)
+    assert (tmp_path / "a" / "checkpoints" / "checkpoint-2" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_accumulation_changes_nothing(tmp_path, records, processor):
+    """One step of 6 records is the same whether cut into 1, 2 or 6 micro-batches."""
+    results = []
+    for index, (batch, accumulation) in enumerate([(6, 1), (3, 2), (1, 6)]):
+        model = make_model(processor)
+        settings = SETTINGS.model_copy(
+            update={
+                "batch_size": batch,
+                "gradient_accumulation": accumulation,
+                "epochs": 1,
+                "learning_rate": 1e-3,
+            }
+        )
+        job = make_job(tmp_path, records[:6], name=f"run{index}")
+        train(job, model, processor, settings, make_model(processor, 1))
+        row = json.loads((tmp_path / f"run{index}.jsonl").read_text().splitlines()[0])
+        results.append((row["loss"], row["grad_norm"]))
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5)
+
+
+def test_nan_stops_the_run(tmp_path, records, processor):
+    model = make_model(processor)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ClinkdError, match="the loss is nan at step 1"):
+        train(make_job(tmp_path, records), model, processor, TrainConfig(log_steps=1))
+
+
+def test_too_long_a_record_is_named(tmp_path, records, processor):
+    with pytest.raises(DataError, match="record '.*' has .* tokens, over max_length 8"):
+        train(make_job(tmp_path, records), make_model(processor), processor, TrainConfig(max_length=8))
+
+
+def test_forward_equals_transformers_own_loss(records, processor):
+    model = make_model(processor)
+    dataset = AnswerDataset(records, SAMPLE_FOLDER, processor, 512)
+    batch = collate([dataset[i] for i in range(5)], processor.tokenizer.pad_token_id)
+    expected = model(**batch).loss
+    with answer_forward(model):
+        found = model(**batch)
+    torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-6)
+    assert hasattr(model(**batch), "logits")  # and the model is itself again
