@@ -1,0 +1,141 @@
+"""The command line: quick to start, clear when wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from clinkd import cli
+from clinkd.errors import ClinkdError, ConfigError, DataError, Preempted, SetupError
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "open_clip", "spacy", "matplotlib", "deepspeed", "scipy", "numpy")
+
+
+def imported(statement):
+    """Which heavy packages a statement imports, and how long it takes without the interpreter."""
+    code = (
+        "import sys, time; t = time.perf_counter(); "
+        f"{statement}; t = time.perf_counter() - t; "
+        f"print(t, *[m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    return float(out[0]), out[1:]
+
+
+@pytest.mark.parametrize(
+    ("statement", "limit"), [("import clinkd", 0.3), ("import clinkd.cli", 1.0)]
+)
+def test_start_up_is_light(statement, limit):
+    best = min(imported(statement) for _ in range(3))
+    assert best[1] == []
+    assert best[0] < limit  # a promise of the interface, kept with a wide margin
+
+
+def test_help_in_under_a_second():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "clinkd", "--help"], cwd=ROOT, capture_output=True, check=True
+        )
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.0
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "run", "prepare", "teacher", "pseudo-label", "distill", "correct", "generate",
+     "evaluate", "report", "validate", "doctor", "recipes", "data"],
+)  # fmt: skip
+def test_every_command_teaches(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 5
+
+
+def test_version():
+    assert invoke("--version").output.strip() == cli.__version__
+
+
+def test_recipes(tmp_path):
+    listing = invoke("recipes", "ls").output
+    assert "demo" in listing
+    assert "published-code" in listing
+    assert "kd_weight: 0.5" in invoke("recipes", "show", "demo").output
+    assert invoke("recipes", "cp", "demo", str(tmp_path)).exit_code == 0
+    assert (tmp_path / "demo.yaml").exists()
+    again = invoke("recipes", "cp", "demo", str(tmp_path))
+    assert isinstance(again.exception, ConfigError)
+
+
+def test_validate_prints_the_whole_config(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 4\n")
+    output = invoke("validate", str(path), "distill.epochs=3").output
+    assert "seed: 4" in output
+    assert "kd_weight: 0.5" in output
+
+
+def test_doctor_says_what_each_op_takes():
+    output = invoke("doctor").output
+    for word in ("rotary", "kd_loss", "torch", "cores", "clinkd._C"):
+        assert word in output
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ClinkdError, 1), (ConfigError, 2), (DataError, 3), (SetupError, 4), (Preempted, 75)],
+)
+def test_exit_codes(monkeypatch, capsys, error, code):
+    def fail():
+        raise error("what and how to mend it")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == code
+    assert capsys.readouterr().err == "clinkd: what and how to mend it\n"
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("distil: {}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "clinkd", "run", str(path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"NO_COLOR": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "did you mean 'distill'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluate_a_prediction_file(tmp_path):
+    rows = [
+        {"id": 0, "image": "ct_a.png", "question": "Where is X?",
+         "annotation": "At <box>(10,10),(500,500)</box>.", "response": "(10,10),(500,480)"},
+        {"id": 1, "image": "mr_b.png", "question": "What is at <box>(1,2),(3,4)</box>?",
+         "annotation": "Lesion.", "response": "A lesion."},
+    ]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"id": 2, "ima')
+    failed = invoke("evaluate", str(path), "--meteor", "python")
+    assert isinstance(failed.exception, DataError)
+    assert "p.jsonl:3: not valid JSON" in str(failed.exception)
+    result = invoke("evaluate", str(path), "--meteor", "python", "--skip-bad", "--json")
+    found = json.loads(result.output)
+    assert found["tasks"]["VG"]["score"] == 100
+    assert found["tasks"]["ROC"]["score"] == 100
+    assert [bad["line"] for bad in found["bad_lines"]] == [3]
