@@ -79,9 +79,7 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
     models: Mapping[str, Any] = metrics.get("models") or {}
     baselines: Mapping[str, Any] = metrics.get("baselines") or {}
     tasks = _tasks([*models.values(), *baselines.values()])
-    table = Table(
-        title="Score on the test split (0 to 100)", title_justify="left", box=SIMPLE_HEAD
-    )
+    table = Table(title="Score on the test split (0 to 100)", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("")
     for task, metric in tasks.items():
         table.add_column(Text(f"{task}\n{metric}"), justify="right", no_wrap=True)

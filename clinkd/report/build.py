@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -140,17 +141,26 @@ def _about(run: Run) -> dict[str, Any]:
     student = str(model.get("student") or "") if isinstance(model, Mapping) else ""
     starts = [str(entry.get("started") or "") for entry in run.stages.values()]
     machine, versions = run.book.get("machine"), run.book.get("versions")
+    data = str(run.book.get("data") or "")
     modalities = {str(row.get("modality")) for row in run.predictions}
     return {
-        "student": "the embedded demo model" if student == "demo" else student or "unknown model",
-        "data": str(run.book.get("data") or ""),
-        "started": min((s for s in starts if s), default=""),
+        "student": "The embedded demo model" if student == "demo" else student or "Unknown model",
+        "data": "the shipped sample" if data == "sample" else data,
+        "started": _moment(min((s for s in starts if s), default="")),
         "clinkd": str(run.book.get("clinkd") or ""),
         "seed": run.book.get("seed"),
         "modalities": len(modalities),
         "machine": _facts(machine),
         "versions": _facts(versions),
     }
+
+
+def _moment(text: str) -> str:
+    """An ISO time to the minute, in UTC; anything else as it is."""
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return text
 
 
 def _facts(value: Any) -> list[tuple[str, str]]:

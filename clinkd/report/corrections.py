@@ -2,10 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import zip_longest
 
 from clinkd.report.charts import stacked
-from clinkd.report.gallery import Pictures, image_names
+from clinkd.report.gallery import Pictures, image_names, in_turn
 from clinkd.report.read import Row
 from clinkd.report.scores import number
 from clinkd.report.text import changes, pieces
@@ -20,12 +19,14 @@ EXAMPLES_PER_ROUND = 8
 
 
 def examples(rows: Sequence[Row], most: int = EXAMPLES_PER_ROUND) -> list[Row]:
-    """Lines to show: statuses and tasks in turn, in the file's order."""
-    bins: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        bins.setdefault((str(row.get("status")), str(row.get("task"))), []).append(row)
-    turns = zip_longest(*(bins[key] for key in sorted(bins)))
-    return [row for turn in turns for row in turn if row is not None][:most]
+    """Lines to show: statuses in turn, and their tasks in turn, in the file's order."""
+    order = [*STATUSES]
+
+    def status(row: Row) -> tuple[int, str]:
+        name = str(row.get("status"))
+        return (order.index(name) if name in order else len(order), name)
+
+    return in_turn(rows, outer=status, inner=lambda row: str(row.get("task")), most=most)
 
 
 def rounds(corrections: dict[int, list[Row]], pictures: Pictures) -> list[Row]:

@@ -2,11 +2,10 @@
 
 import base64
 import io
-from collections import defaultdict
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -18,6 +17,8 @@ from clinkd.report.judge import as_boxes, judge
 from clinkd.report.read import Row
 from clinkd.report.scores import first_beam, number
 from clinkd.report.text import pieces
+
+T = TypeVar("T")
 
 CARDS_PER_TASK = 12
 MOST_PICTURE_BYTES = 4 << 20  # of all pictures together, as text; the page stays under 6 MB
@@ -73,25 +74,42 @@ def choose(predictions: Sequence[Row], per_task: int = CARDS_PER_TASK) -> list[t
 
     The choice depends on the file's order alone.
     """
-    chosen: list[tuple[Row, Row]] = []
-    for task in TASKS:
-        bins: dict[str, dict[str, list[tuple[Row, Row]]]] = defaultdict(lambda: defaultdict(list))
-        for row in predictions:
-            if str(row.get("task")) == task:
-                judged = judged_line(row)
-                bins[str(row.get("modality") or "unknown")][judged["verdict"]].append((row, judged))
-        taken = 0
-        for turn in count():
-            if taken >= per_task or not bins:
-                break
-            for index, modality in enumerate(sorted(bins)):
-                verdicts = [v for v in _VERDICTS if bins[modality][v]]
-                if taken < per_task and verdicts:
-                    verdict = verdicts[(turn + index) % len(verdicts)]
-                    chosen.append(bins[modality][verdict].pop(0))
-                    taken += 1
-            bins = {m: b for m, b in bins.items() if any(b.values())}
-    return chosen
+    judged: dict[str, list[tuple[Row, Row]]] = {task: [] for task in TASKS}
+    for row in predictions:
+        if row.get("task") in judged:
+            judged[str(row["task"])].append((row, judged_line(row)))
+    by_task = [
+        in_turn(
+            pairs,
+            outer=lambda pair: str(pair[0].get("modality") or "unknown"),
+            inner=lambda pair: _VERDICTS.index(pair[1]["verdict"]),
+            most=per_task,
+        )
+        for pairs in judged.values()
+    ]
+    return [pair for turn in zip_longest(*by_task) for pair in turn if pair is not None]
+
+
+def in_turn(
+    items: Iterable[T], outer: Callable[[T], Any], inner: Callable[[T], Any], most: int
+) -> list[T]:
+    """At most `most` items: the values of `outer` in turn, and beneath each those of `inner`.
+
+    Neighbouring outer values start with different inner ones, so that a short list holds all kinds.
+    """
+    bins: dict[Any, dict[Any, list[T]]] = {}
+    for item in items:
+        bins.setdefault(outer(item), {}).setdefault(inner(item), []).append(item)
+    out: list[T] = []
+    for turn in count():
+        for index, name in enumerate(sorted(bins)):
+            kinds = sorted(kind for kind, left in bins[name].items() if left)
+            if len(out) >= most or not kinds:
+                continue
+            out.append(bins[name][kinds[(turn + index) % len(kinds)]].pop(0))
+        if len(out) >= most or not any(left for kinds in bins.values() for left in kinds.values()):
+            return out
+    raise AssertionError("unreachable: count() never ends")
 
 
 def judged_line(row: Row) -> Row:

@@ -98,14 +98,14 @@ def model(label: str, level: float) -> dict[str, Any]:
     for offset, task in enumerate(TASKS):
         score = level + 3.1 * offset
         parts = {
-            name: {"score": min(100.0, score + 4 * (i % 3) - 4), "n": 12 + 9 * i}
+            name: {"score": min(100.0, max(0.0, score + 4 * (i % 3) - 4)), "n": 12 + 9 * i}
             for i, name in enumerate(MODALITIES)
         }
         tasks[task] = {
             "metric": METRICS[task],
             "score": score,
             "n": 207,
-            "ci95": [score - 3.4, score + 3.9],
+            "ci95": [max(0.0, score - 3.4), score + 3.9],
             "modalities": parts,
             "extras": {"mean_iou": 0.413, "parse_rate": 0.987} if task == "VG" else {"bleu4": 0.31},
         }

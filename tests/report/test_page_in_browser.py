@@ -5,6 +5,7 @@ Drives Chromium over its debugging pipe (one JSON message per NUL-ended string o
 """
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -47,17 +48,23 @@ class Page:
     def __init__(self, browser: str, profile: Path) -> None:
         to_child, self._write = os.pipe()
         self._read, from_child = os.pipe()
-        # the child finds them as 3 and 4, as the flag demands, whatever their numbers are here
-        command = f'exec "$@" 3<&{to_child} 4>&{from_child}'
+        # numbers that the child's 3 and 4 cannot overwrite before they are copied
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_child, from_child)]
+
+        def place() -> None:
+            os.dup2(ends[0], 3)
+            os.dup2(ends[1], 4)
+
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", command, "sh", browser, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(to_child, from_child),
+            [browser, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            preexec_fn=place,
+            close_fds=False,  # Python's own descriptors close themselves; 3 and 4 must stay
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        os.close(to_child)
-        os.close(from_child)
+        )
+        for end in (to_child, from_child, *ends):
+            os.close(end)
         self._buffer = b""
         self._number = 0
         self._session: str | None = None
@@ -168,6 +175,12 @@ OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clie
 VISIBLE = "[...document.querySelectorAll('.shot')].filter(c => c.offsetParent !== null)"
 
 
+def show_all(page: Page) -> None:
+    """Press “Show more” until it is gone."""
+    press = "const b = document.querySelector('#more'); while (b.offsetParent) b.click();"
+    page.evaluate(f"(() => {{ {press} }})()")
+
+
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1440, 900)])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_loads_whole_and_fits(page: Page, run: Path, width: int, height: int, dark: bool) -> None:
@@ -193,7 +206,10 @@ def test_scheme_changes_the_colours(page: Page, run: Path) -> None:
 
 def test_filters_choose_cards(page: Page, run: Path) -> None:
     page.open(build_report(run), 1440, 900)
+    first = page.evaluate(f"{VISIBLE}.length")
+    show_all(page)
     everything = page.evaluate(f"{VISIBLE}.length")
+    assert 0 < first < everything == page.evaluate("document.querySelectorAll('.shot').length")
 
     click = "document.querySelector('[data-filter={}][data-value={}]').click()"
     page.evaluate(click.format("task", "VG"))
@@ -206,16 +222,18 @@ def test_filters_choose_cards(page: Page, run: Path) -> None:
     assert set(shown) == {"VG,fundus,wrong"}
     assert page.evaluate("document.querySelector('.count').textContent").startswith(str(len(shown)))
     page.evaluate("document.querySelectorAll('[data-value=\"\"]').forEach(b => b.click())")
-    assert page.evaluate(f"{VISIBLE}.length") == everything
+    assert page.evaluate(f"{VISIBLE}.length") == first
     assert page.complaints() == []
 
 
 def test_boxes_lie_on_the_image_at_every_shape(page: Page, run: Path) -> None:
     """The true box's left edge, as drawn, is 30 % into the picture, as drawn."""
     page.open(build_report(run), 390, 844)
+    show_all(page)
     offsets = page.evaluate(
         """[...document.querySelectorAll('.shot rect.truth')].map(r => {
-            const image = r.closest('figure').querySelector('img'), a = image.getBoundingClientRect();
+            const image = r.closest('figure').querySelector('img');
+            const a = image.getBoundingClientRect();
             const scale = Math.min(a.width / image.naturalWidth, a.height / image.naturalHeight);
             const left = a.x + (a.width - scale * image.naturalWidth) / 2;
             return r.getBoundingClientRect().x - left - 0.3 * scale * image.naturalWidth;

@@ -4,15 +4,20 @@
   if (!filters) return;
   const cards = [...document.querySelectorAll(".shot")];
   const count = filters.querySelector(".count");
+  const more = document.querySelector("#more");
+  const page = 12; // cards at first, and with each press of the button
+  let most = page;
   const wanted = { task: "", modality: "", verdict: "" };
 
   const apply = () => {
-    let shown = 0;
-    for (const card of cards) {
-      card.hidden = Object.entries(wanted).some(([key, value]) => value && card.dataset[key] !== value);
-      shown += card.hidden ? 0 : 1;
-    }
-    count.textContent = shown ? `${shown} of ${cards.length} shown` : "None of the cards fits; choose “all” somewhere.";
+    const fits = (card) => Object.entries(wanted).every(([key, value]) => !value || card.dataset[key] === value);
+    const fitting = cards.filter(fits);
+    const shown = new Set(fitting.slice(0, most));
+    for (const card of cards) card.hidden = !shown.has(card);
+    more.parentElement.hidden = shown.size === fitting.length;
+    count.textContent = fitting.length
+      ? `${shown.size} of ${fitting.length} shown`
+      : "None of the cards fits; choose “all” somewhere.";
   };
 
   filters.addEventListener("click", (event) => {
@@ -22,6 +27,12 @@
     for (const other of button.parentElement.querySelectorAll("button")) {
       other.setAttribute("aria-pressed", String(other === button));
     }
+    most = page;
+    apply();
+  });
+
+  more.addEventListener("click", () => {
+    most += page;
     apply();
   });
 
@@ -38,6 +49,8 @@
   }
 
   window.addEventListener("beforeprint", () => {
+    most = cards.length;
+    apply();
     for (const details of document.querySelectorAll("#settings details, #scores details")) details.open = true;
   });
 
