@@ -1,5 +1,10 @@
 // Rotary embedding on the CPU: sine and cosine once for a pair and token, shared by all heads.
 
+// rintf and floorf in vectors: nothing here reads errno or floating-point flags
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-math-errno", "no-trapping-math")
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from clinkd.ops import _rotary_attention_triton  # noqa: F401  (registers the operators)
 from clinkd.ops._checks import check_float
 from clinkd.ops.reference.rotary_attention import rotary_attention as reference_attention
 from clinkd.ops.rotary import check_positions, check_rotary, rotary

@@ -128,6 +128,12 @@ def test_cpu_in_16_bits(name, dtype):
     compare("cpu", CASES[name], dtype)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_triton_matches_float64(name):
+    usable("triton")
+    compare("triton", CASES[name])
+
+
 def test_chunks_of_queries(monkeypatch):
     monkeypatch.setattr(attention_module, "CHUNK", 16)
     for name in ("window", "later queries", "more queries than keys", "window, full, later"):
