@@ -58,9 +58,14 @@ def train_clip(
     Args:
         output: folder in open_clip's layout, loaded with `local-dir:`.
         log: called with rows of the training log.
+
+    Raises:
+        ValueError: fewer than two different pairs.
     """
     texts = {r.id: strip_boxes(r.answer) for r in records}
     usable = [r for r in records if len(r.images) == 1 and texts[r.id]]
+    if len({texts[r.id] for r in usable}) < 2:
+        raise ValueError("train_clip needs at least 2 records with one image and an answer each")
     names = sorted({r.images[0] for r in usable})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

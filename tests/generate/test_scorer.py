@@ -1,0 +1,254 @@
+"""CLIP scorers: small models of every layout, made on the spot."""
+
+import json
+import math
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from clinkd.data.records import Record, Turn
+from clinkd.errors import ConfigError
+from clinkd.generate import ClipScorer, train_clip
+
+WORDS = [
+    "<pad>",
+    "<start>",
+    "<end>",
+    "<unk>",
+    "a",
+    "red",
+    "blue",
+    "square",
+    "image",
+    "of",
+    "the",
+    ".",
+    "is",
+]
+VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+PREPROCESS = {"mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def word_tokenizer(context):
+    backend = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<start>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        model_max_length=context,
+    )
+
+
+@pytest.fixture(scope="module")
+def open_clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("open_clip")
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text}
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def biomedclip_folder(tmp_path_factory):
+    """BiomedCLIP's layout: a BERT text tower, weights in a pickle, the tokenizer beside them."""
+    folder = tmp_path_factory.mktemp("biomedclip")
+    bert = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    tower = folder / "tower"  # where the text config points; the real one points to the hub
+    BertModel(bert).save_pretrained(tower)
+    text = {
+        "hf_model_name": str(tower),
+        "hf_tokenizer_name": str(tower),
+        "hf_proj_type": "mlp",
+        "hf_pooler_type": "cls_last_hidden_state_pooler",
+        "context_length": 12,
+    }
+    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text}
+    model = open_clip.CustomTextCLIP(**json.loads(json.dumps(config)))
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    word_tokenizer(12).save_pretrained(folder)
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformers_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transformers")
+    shared = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = CLIPConfig(
+        text_config=shared
+        | {
+            "num_attention_heads": 2,
+            "vocab_size": len(WORDS),
+            "max_position_embeddings": 12,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_config=shared | {"num_attention_heads": 2, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPProcessor(
+        image_processor=CLIPImageProcessor(size=size, crop_size=size),
+        tokenizer=word_tokenizer(12),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["open_clip_folder", "biomedclip_folder", "transformers_folder"])
+def scorer(request):
+    return ClipScorer.load(str(request.getfixturevalue(request.param)))
+
+
+@pytest.fixture
+def red():
+    return Image.new("RGB", (40, 50), "red")
+
+
+def test_scores_are_cosines_and_do_not_depend_on_the_batch(scorer, red):
+    texts = ["a red square", "the image", "a blue square"]
+    together = scorer.score(red, texts)
+    assert all(-1.001 <= c <= 1.001 for c in together)
+    assert len(set(together)) == 3
+    alone = [scorer.score(red, [text])[0] for text in texts]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert scorer.score(red, []) == []
+
+
+def test_local_dir_is_the_same_model(open_clip_folder, red):
+    first = ClipScorer.load(f"local-dir:{open_clip_folder}").score(red, ["a red square"])
+    assert first == ClipScorer.load(str(open_clip_folder)).score(red, ["a red square"])
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{open_clip_folder}")
+    with torch.no_grad():
+        text = model.eval().encode_text(open_clip.tokenize(["a red square"], 16), normalize=True)
+        image = model.encode_image(preprocess(red)[None], normalize=True)
+    assert first == pytest.approx([float(text @ image.T)], abs=1e-5)
+
+
+def test_boxes_are_not_scored(scorer, red):
+    plain, boxed = scorer.score(
+        red, ["a red square", "a red square <|box_start|>(1,2),(30,40)<|box_end|>"]
+    )
+    assert plain == boxed
+
+
+def test_long_texts_are_scored_by_sentence(scorer, red):
+    first = "the image is a square ."
+    second = "the image is a red square ."
+    text = f"{first} {second} {second}"
+    assert scorer.parts(first) == [first.replace(" .", ".")]
+    assert len(scorer.parts(text)) == 3
+    a, b, whole = scorer.score(red, [first, second, text])
+    assert whole == pytest.approx((a + 2 * b) / 3, abs=1e-5)
+
+
+def test_nan_is_passed_on(open_clip_folder, red):
+    scorer = ClipScorer.load(str(open_clip_folder))
+    with torch.no_grad():
+        scorer.backend.model.text_projection.fill_(float("nan"))
+    assert math.isnan(scorer.score(red, ["a red square"])[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("local-dir:/nowhere", "holds neither open_clip_config.json nor config.json"),
+        ("ViT-B-32", "write local-dir:FOLDER, hf-hub:OWNER/MODEL or ARCHITECTURE/PRETRAINED"),
+        ("ViT-B-32/nobody", "cannot be loaded"),
+        ("NoModel/openai", "cannot be loaded"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ConfigError, match=message):
+        ClipScorer.load(name)
+
+
+def test_a_model_of_another_kind(tmp_path):
+    BertModel(
+        BertConfig(
+            vocab_size=9,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+        )
+    ).save_pretrained(tmp_path)
+    word_tokenizer(12).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="BertModel is no CLIP or SigLIP"):
+        ClipScorer.load(str(tmp_path))
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """Pictures of four colours, each with its own sentence."""
+    records = []
+    for index, name in enumerate(("red", "blue", "green", "white") * 2):
+        Image.new("RGB", (32, 32), name).save(tmp_path / f"{index}.png")
+        turns = (Turn("human", "<image>what?"), Turn("gpt", f"A {name} square."))
+        records.append(Record(str(index), (f"{index}.png",), "ct", "MIA", "g", turns))
+    return records
+
+
+def test_a_trained_scorer_tells_pictures_apart(colours, tmp_path):
+    rows = []
+    train_clip(colours, tmp_path, tmp_path / "clip", steps=30, batch_size=8, log=rows.append)
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert [r["stage"] for r in rows] == ["clip"] * 3
+    scorer = ClipScorer.load(f"local-dir:{tmp_path / 'clip'}")
+    texts = [f"A {name} square." for name in ("red", "blue", "green", "white")]
+    for index, name in enumerate(("red", "blue", "green", "white")):
+        cosines = scorer.score(Image.new("RGB", (48, 32), name), texts)
+        assert max(range(4), key=cosines.__getitem__) == index
+
+
+def test_training_is_deterministic_and_leaves_the_random_state(colours, tmp_path):
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_clip(colours, tmp_path, tmp_path / name, steps=2, batch_size=4, seed=seed)
+    a, b, c = ((tmp_path / n / "open_clip_model.safetensors").read_bytes() for n in "abc")
+    assert a == b != c
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_nothing_to_train_on(tmp_path):
+    with pytest.raises(ValueError, match="at least 2 records with one image and an answer"):
+        train_clip([], tmp_path, tmp_path / "clip")
