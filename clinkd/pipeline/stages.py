@@ -16,6 +16,7 @@ from clinkd.data.files import write_jsonl
 from clinkd.data.records import Record, Turn, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
 from clinkd.evaluate.run import evaluate_run
+from clinkd.generate.select import Selection
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
 from clinkd.progress import Update
@@ -146,11 +147,10 @@ def correct(folder: RunFolder, progress: Update) -> str:
     similarity = make_similarity(config.similarity)
     corrector = make_corrector(config.corrector)
     current = str(folder.student("distilled"))
-    counts = []
     for round_ in range(1, config.rounds + 1):
         output = folder.student(f"round-{round_}")
         if not (output / "config.json").exists():
-            counts.append(_round(folder, round_, current, corrector, similarity, progress))
+            _round(folder, round_, current, corrector, similarity, progress)
         current = str(output)
     done = ", ".join(
         f"round {k}: {_count_corrections(folder, k)} corrected" for k in range(1, config.rounds + 1)
@@ -331,7 +331,7 @@ def _answer(
     beams: int = 1,
     samples: int = 1,
     scorer: Any = None,
-    selection: str = "beam",
+    selection: Selection = "beam",
 ) -> list[dict[str, Any]]:
     """Answers of a model to records, as prediction rows in the records' order."""
     config = folder.config.generate

@@ -185,7 +185,7 @@ class AnswerTrainer(Trainer):
         self.teacher = teacher
         if teacher is not None:
             teacher.eval().requires_grad_(False)
-            self.teacher = teacher.to(self.args.device)  # type: ignore[arg-type]
+            self.teacher = teacher.to(self.args.device)
         self._parts: list[Tensor] = []  # (CE, KD) of each micro-batch since the last log line
         self._logged_step = 0
         self._staging: str | None = None

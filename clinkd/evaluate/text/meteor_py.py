@@ -53,7 +53,8 @@ def _score(hypothesis: Tokens, reference: Tokens) -> float:
     chunks = 1 + sum((b[0], b[1]) != (a[0] + 1, a[1] + 1) for a, b in pairwise(pairs))
     if chunks == 1 and len(pairs) == len(hypothesis) == len(reference):
         return mean  # no fragmentation at all
-    return mean * (1 - GAMMA * (chunks / len(pairs)) ** BETA)
+    penalised: float = mean * (1 - GAMMA * (chunks / len(pairs)) ** BETA)
+    return penalised
 
 
 def _align(hypothesis: Tokens, reference: Tokens) -> list[tuple[int, int, float]]:
