@@ -12,8 +12,7 @@ from markupsafe import Markup
 from pydantic import ValidationError
 
 from clinkd.data.files import write_text
-from clinkd.errors import SetupError
-from clinkd.report import corrections, gallery, scores
+from clinkd.report import corrections, gallery, scores, selection
 from clinkd.report.read import Run, read_run
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -38,10 +37,7 @@ def build_report(run_dir: Path, data_root: Path | None = None) -> Path:
     run = read_run(run_dir)
     page = render(run, Path(data_root) if data_root is not None else _data_root(run))
     path = run_dir / "report.html"
-    try:
-        write_text(path, page)
-    except OSError as error:
-        raise SetupError(f"{path} cannot be written: {error.strerror}") from None
+    write_text(path, page)
     return path
 
 
@@ -66,7 +62,9 @@ def render(run: Run, data_root: Path | None) -> str:
             names += gallery.image_names(row)[:1]
     pictures = gallery.Pictures(data_root, names)
     if pictures.missing:
-        run.notices.append(f"{len(pictures.missing)} pictures could not be read.")
+        run.notices.append(
+            f"{len(pictures.missing)} picture{'s'[: len(pictures.missing) > 1]} could not be read."
+        )
     cards = gallery.cards(chosen, pictures)
     found = scores.results(run.metrics)
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
@@ -84,7 +82,7 @@ def render(run: Run, data_root: Path | None) -> str:
             tiles=scores.task_tiles(found) if found else [],
             panels=scores.modality_panels(found) if found else [],
             extras=scores.extras_table(found) if found else [],
-            selection=scores.selection(run.predictions),
+            selection=selection.selection(run.predictions, run.metrics),
             losses=scores.loss_panels(run),
             cards=cards,
             filters=_filters(cards),
@@ -145,7 +143,7 @@ def _about(run: Run) -> dict[str, Any]:
     modalities = {str(row.get("modality")) for row in run.predictions}
     return {
         "student": "The embedded demo model" if student == "demo" else student or "Unknown model",
-        "data": "the shipped sample" if data == "sample" else data,
+        "data": "the shipped sample" if data == "sample" else "/".join(Path(data).parts[-2:]),
         "started": _moment(min((s for s in starts if s), default="")),
         "clinkd": str(run.book.get("clinkd") or ""),
         "seed": run.book.get("seed"),

@@ -15,7 +15,8 @@ from clinkd.data.records import TASKS
 from clinkd.errors import DataError
 from clinkd.report.judge import as_boxes, judge
 from clinkd.report.read import Row
-from clinkd.report.scores import first_beam, number
+from clinkd.report.scores import number
+from clinkd.report.selection import first_beam
 from clinkd.report.text import pieces
 
 T = TypeVar("T")
@@ -76,7 +77,7 @@ def choose(predictions: Sequence[Row], per_task: int = CARDS_PER_TASK) -> list[t
     """
     judged: dict[str, list[tuple[Row, Row]]] = {task: [] for task in TASKS}
     for row in predictions:
-        if row.get("task") in judged:
+        if str(row.get("task")) in judged:
             judged[str(row["task"])].append((row, judged_line(row)))
     by_task = [
         in_turn(

@@ -1,14 +1,12 @@
-"""What the page says in numbers: headline, table, modalities, selection, curves, stages."""
+"""What the page says in numbers: headline, table, modalities, curves, stages."""
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from clinkd.data.records import TASKS
 from clinkd.progress import format_seconds
 from clinkd.report import charts
-from clinkd.report.judge import RIGHT_IOU, as_boxes, judge
 from clinkd.report.read import Row, Run
 
 TASK_TITLES = {
@@ -30,37 +28,46 @@ def number(value: Any) -> float | None:
 
 def results(metrics: Row) -> Row | None:
     """Everything the table and the headline need; None where there are no scores."""
-    models = _models(metrics.get("models"))
-    baselines = _models(metrics.get("baselines"))
-    if not models:
+    known = models(metrics.get("models"))
+    baselines = models(metrics.get("baselines"))
+    if not known:
         return None
-    everyone = [*models.values(), *baselines.values()]
+    everyone = [*known.values(), *baselines.values()]
     tasks = [t for t in TASKS if any(t in m["tasks"] for m in everyone)]
-    final = next((name for name in _FINAL if name in models), list(models)[-1])
-    for name, model in models.items():
+    final = next((name for name in _FINAL if name in known), list(known)[-1])
+    for name, model in known.items():
         model["final"] = name == final
     return {
-        "models": models,
+        "models": known,
         "baselines": baselines,
         "tasks": tasks,
-        "final": models[final],
-        "base": models.get("base") if final != "base" else None,
-        "teacher": models.get("teacher") if final != "teacher" else None,
+        "final": known[final],
+        "base": known.get("base") if final != "base" else None,
+        "teacher": known.get("teacher") if final != "teacher" else None,
         "metrics": {
             t: next(m["tasks"][t]["metric"] for m in everyone if t in m["tasks"]) for t in tasks
         },
         "verdicts": [str(v) for v in metrics.get("verdicts") or []],
         "protocol": str(metrics.get("protocol") or ""),
+        "method": _method(object_(metrics.get("settings"))),
     }
 
 
-def _models(value: Any) -> dict[str, Row]:
+def _method(settings: Row) -> Row:
+    """How the scores were made: plain settings, and lists of sentences."""
+    plain = {k: v for k, v in settings.items() if not isinstance(v, list | dict)}
+    listed = [str(item) for v in settings.values() if isinstance(v, list) for item in v]
+    facts = [(str(k).replace("_", " "), str(v)) for k, v in plain.items()]
+    return {"facts": facts, "notes": listed}
+
+
+def models(value: Any) -> dict[str, Row]:
     """Models of metrics.json with every number checked."""
     found: dict[str, Row] = {}
-    for name, model in _object(value).items():
+    for name, model in object_(value).items():
         if not isinstance(model, dict):
             continue
-        tasks = _object(model.get("tasks"))
+        tasks = object_(model.get("tasks"))
         found[str(name)] = {
             "key": str(name),
             "label": str(model.get("label") or name),
@@ -81,14 +88,15 @@ def _result(result: Row) -> Row:
         "ci95": bounds if len(bounds) == 2 and None not in bounds else None,
         "modalities": {
             str(m): {"score": number(r.get("score")), "n": number(r.get("n"))}
-            for m, r in _object(result.get("modalities")).items()
+            for m, r in object_(result.get("modalities")).items()
             if isinstance(r, dict)
         },
-        "extras": {str(k): v for k, v in _object(result.get("extras")).items()},
+        "extras": {str(k): v for k, v in object_(result.get("extras")).items()},
     }
 
 
-def _object(value: Any) -> Row:
+def object_(value: Any) -> Row:
+    """The value if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
@@ -191,60 +199,6 @@ def extras_table(found: Row) -> list[Row]:
     return rows
 
 
-def selection(predictions: Sequence[Row]) -> list[Row]:
-    """Per task: the first beam, the chosen answer and the best candidate, on one scale 0…100.
-
-    VG counts IoU ≥ 0.5; the other tasks average token F1, since their metrics are corpus-wide.
-    """
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0, 0.0])
-    for row in predictions:
-        candidates = [c for c in row.get("candidates") or [] if isinstance(c, dict)]
-        chosen = row.get("selected")
-        if row.get("error") or not isinstance(chosen, int) or not 0 <= chosen < len(candidates):
-            continue
-        task, boxes = str(row.get("task")), as_boxes(row.get("boxes"))
-        truth = str(row.get("annotation") or "")
-        values = [judge(task, str(c.get("text") or ""), truth, boxes).value for c in candidates]
-        if task == "VG":
-            values = [float(v >= RIGHT_IOU) for v in values]
-        first = first_beam(candidates)
-        added = (1.0, values[first], values[chosen], max(values), float(first != chosen))
-        sums[task] = [a + b for a, b in zip(sums[task], added, strict=True)]
-    rows = []
-    for task in (t for t in TASKS if t in sums):
-        count, *totals, changed = sums[task]
-        first_score, chosen_score, oracle = (100 * total / count for total in totals)
-        rows.append(
-            {
-                "task": task,
-                "measure": "Recall@0.5" if task == "VG" else "token F1",
-                "n": count,
-                "first": first_score,
-                "chosen": chosen_score,
-                "oracle": oracle,
-                "gain": chosen_score - first_score,
-                "gap": oracle - chosen_score,
-                "changed": 100 * changed / count,
-                "bars": [
-                    charts.bar(v, k)
-                    for k, v in (
-                        ("first", first_score),
-                        ("final", chosen_score),
-                        ("oracle", oracle),
-                    )
-                ],
-            }
-        )
-    return rows
-
-
-def first_beam(candidates: Sequence[Row]) -> int:
-    """Index of the candidate with the best beam score; the first where scores are missing."""
-    scores = [number(candidate.get("score")) for candidate in candidates]
-    known = [(score, -index) for index, score in enumerate(scores) if score is not None]
-    return -max(known)[1] if known else 0
-
-
 def loss_panels(run: Run) -> list[Row]:
     """One chart a stage, in the order the stages ran."""
     stages: dict[str, list[Row]] = {}
@@ -263,7 +217,7 @@ def loss_panels(run: Run) -> list[Row]:
             )
             if points:
                 curves.append(charts.Curve(key, label, points))
-        if len(curves) == 2 and curves[0].points == curves[1].points:
+        if [curve.kind for curve in curves] == ["loss", "ce"] and _same(*curves):
             curves = curves[:1]  # without distillation the loss is the cross-entropy
         if curves:
             panels.append(
@@ -275,6 +229,14 @@ def loss_panels(run: Run) -> list[Row]:
                 }
             )
     return panels
+
+
+def _same(a: charts.Curve, b: charts.Curve) -> bool:
+    """Whether two curves coincide to the eye; one is rounded and the other is not."""
+    pairs = zip(a.points, b.points, strict=False)
+    return len(a.points) == len(b.points) and all(
+        x == u and math.isclose(y, v, rel_tol=1e-2) for (x, y), (u, v) in pairs
+    )
 
 
 def stage_rows(run: Run) -> Row:

@@ -1,0 +1,82 @@
+"""What choosing among the candidates gained over the first beam, and what it left."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from clinkd.data.records import TASKS
+from clinkd.report import charts
+from clinkd.report.judge import RIGHT_IOU, as_boxes, judge
+from clinkd.report.read import Row
+from clinkd.report.scores import models, number, object_
+
+_SELECTION_KEYS = ("first_beam", "chosen", "oracle")
+
+
+def selection(predictions: Sequence[Row], metrics: Row) -> list[Row]:
+    """Per task: the first beam, the chosen answer and the best candidate, on one scale 0…100.
+
+    In the table's own metrics where `metrics` holds them; else counted here, with VG by IoU ≥ 0.5
+    and the other tasks by mean token F1.
+    """
+    measured = object_(metrics.get("selection"))
+    rows = []
+    for task, counted in _counted_selection(predictions).items():
+        first, chosen, oracle = counted["scores"]
+        measure, own = "Recall@0.5" if task == "VG" else "token F1", False
+        told = [number(object_(measured.get(task)).get(k)) for k in _SELECTION_KEYS]
+        if told[0] is not None and told[1] is not None and told[2] is not None:
+            first, chosen, oracle = told[0], told[1], told[2]
+            measure, own = _metric_name(metrics, task), True
+        bars = (("first", first), ("final", chosen), ("oracle", oracle))
+        rows.append(
+            {
+                "task": task,
+                "measure": measure,
+                "own": own,
+                "n": counted["n"],
+                "first": first,
+                "chosen": chosen,
+                "oracle": oracle,
+                "gain": chosen - first,
+                "gap": oracle - chosen,
+                "changed": counted["changed"],
+                "bars": [charts.bar(value, kind) for kind, value in bars],
+            }
+        )
+    return rows
+
+
+def _metric_name(metrics: Row, task: str) -> str:
+    known = models(metrics.get("models")).values()
+    return next((m["tasks"][task]["metric"] for m in known if task in m["tasks"]), "score")
+
+
+def _counted_selection(predictions: Sequence[Row]) -> dict[str, Row]:
+    """By task: number of answered questions, % not the first beam, the three scores."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
+    for row in predictions:
+        candidates = [c for c in row.get("candidates") or [] if isinstance(c, dict)]
+        chosen = row.get("selected")
+        if row.get("error") or not isinstance(chosen, int) or not 0 <= chosen < len(candidates):
+            continue
+        task, boxes = str(row.get("task")), as_boxes(row.get("boxes"))
+        truth = str(row.get("annotation") or "")
+        values = [judge(task, str(c.get("text") or ""), truth, boxes).value for c in candidates]
+        if task == "VG":
+            values = [float(v >= RIGHT_IOU) for v in values]
+        first = first_beam(candidates)
+        added = (1.0, float(first != chosen), values[first], values[chosen], max(values))
+        sums[task] = [a + b for a, b in zip(sums[task], added, strict=True)]
+    out = {}
+    for task in (t for t in TASKS if t in sums):
+        n, changed, *totals = sums[task]
+        scores = [100 * total / n for total in totals]
+        out[task] = {"n": n, "changed": 100 * changed / n, "scores": scores}
+    return out
+
+
+def first_beam(candidates: Sequence[Row]) -> int:
+    """Index of the candidate with the best beam score; the first where scores are missing."""
+    scores = [number(candidate.get("score")) for candidate in candidates]
+    known = [(score, -index) for index, score in enumerate(scores) if score is not None]
+    return -max(known)[1] if known else 0
