@@ -67,10 +67,12 @@ def _answer(
 ) -> tuple[list[tuple[Any, float | None]], int]:
     """Candidates with their cosines, best beam first, and the index of the chosen one."""
     from transformers import AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
 
     from clinkd import models
     from clinkd.generate import BeamSearcher, ClipScorer, select
 
+    disable_progress_bar()  # of loading weights
     try:
         network = models.load(name).eval()
         processor = AutoProcessor.from_pretrained(name)

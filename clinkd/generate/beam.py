@@ -247,13 +247,15 @@ class BeamSearcher:
     def _candidates(self, hypotheses: Hypotheses, slot: int) -> list[Candidate]:
         out = []
         for tokens, log_probs, score in hypotheses.best(slot, self.num_samples):
-            text_ids = [t for t in tokens if t not in self.rules.stop_ids]
-            text = ""
-            if self.processor is not None:
-                # special tokens stay: boxes are written with them
-                text = self.processor.tokenizer.decode(text_ids, skip_special_tokens=False).strip()
+            kept = [t for t in tokens if t not in self.rules.stop_ids]
+            text = "" if self.processor is None else _decode(self.processor, kept)
             out.append(Candidate(text, tokens, log_probs, score))
         return out
+
+
+def _decode(processor: Any, tokens: list[int]) -> str:
+    """The text of tokens; special ones stay, since boxes are written with them."""
+    return str(processor.tokenizer.decode(tokens, skip_special_tokens=False)).strip()
 
 
 def _put_rows(logits: Tensor, new: Tensor, slots: list[int]) -> Tensor:
