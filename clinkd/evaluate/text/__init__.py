@@ -1,8 +1,9 @@
 """Text metrics through one function."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
-from clinkd.evaluate.text.ngram import Statistics, bleu, cider, rouge_l
+from clinkd.evaluate.text.ngram import Statistics, bleu_all, cider, rouge_l
 from clinkd.evaluate.text.tokenize import tokenize
 
 METRICS = ("bleu", "rouge_l", "cider", "meteor", "meteor_py", "spice", "scene_graph_f1")
@@ -22,12 +23,16 @@ def statistics(
     for name in metrics:
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}; expected one of {', '.join(METRICS)}")
-    words = [tokenize(text) for text in hypotheses]
-    ref_words = [[tokenize(text) for text in refs] for refs in references]
+    if not all(references):
+        raise ValueError("every hypothesis needs at least one reference")
+    tokens = lru_cache(maxsize=1 << 16)(tokenize)
+    words = [tokens(text) for text in hypotheses]
+    ref_words = [[tokens(text) for text in refs] for refs in references]
     out: dict[str, Statistics] = {}
     for name in metrics:
         if name == "bleu":
-            out |= {f"bleu_{n}": bleu(words, ref_words, n) for n in (1, 2, 3, 4)}
+            found = enumerate(bleu_all(words, ref_words), start=1)
+            out |= {f"bleu_{n}": each for n, each in found}
         elif name == "rouge_l":
             out[name] = rouge_l(words, ref_words)
         elif name == "cider":

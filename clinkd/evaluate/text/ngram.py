@@ -7,6 +7,7 @@ records, and any bootstrap resample, is scored without reading texts again.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ def _mean(sums: Array) -> Array:
 
 
 def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
 Tokens = Sequence[str]
@@ -57,17 +58,37 @@ def bleu(
     """BLEU-n over a corpus, reference length "closest" (Papineni et al. 2002)."""
     rows = np.zeros((len(hypotheses), 2 * n + 2))
     for i, (hypothesis, refs) in enumerate(zip(hypotheses, references, strict=True)):
-        for k in range(1, n + 1):
-            counts = _ngrams(hypothesis, k)
-            most: Counter[tuple[str, ...]] = Counter()
-            for ref in refs:
-                most |= _ngrams(ref, k)
-            rows[i, k - 1] = sum((counts & most).values())
-            rows[i, n + k - 1] = max(0, len(hypothesis) - k + 1)
         length = len(hypothesis)
+        for k in range(1, n + 1):
+            rows[i, k - 1] = _clipped(hypothesis, refs, k)
+            rows[i, n + k - 1] = max(0, length - k + 1)
         rows[i, -2] = length
         rows[i, -1] = min((abs(len(ref) - length), len(ref)) for ref in refs)[1]
+    return _bleu_statistics(rows, n)
 
+
+def bleu_all(
+    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
+) -> list[Statistics]:
+    """BLEU-1 … BLEU-4, the n-grams counted once."""
+    most = bleu(hypotheses, references, MAX_N).rows
+    out = []
+    for n in range(1, MAX_N + 1):
+        kept = [*range(n), *range(MAX_N, MAX_N + n), 2 * MAX_N, 2 * MAX_N + 1]
+        out.append(_bleu_statistics(most[:, kept], n))
+    return out
+
+
+def _clipped(hypothesis: Tokens, references: Sequence[Tokens], k: int) -> int:
+    """How many k-grams of the hypothesis a reference has too, each at most as often as it has."""
+    counts = _ngrams(hypothesis, k)
+    grams = [_ngrams(ref, k) for ref in references]
+    return sum(
+        min(count, max((g[gram] for g in grams), default=0)) for gram, count in counts.items()
+    )
+
+
+def _bleu_statistics(rows: Array, n: int) -> Statistics:
     def finish(sums: Array) -> Array:
         correct, guess = sums[..., :n], sums[..., n : 2 * n]
         product = ((correct + _TINY) / (guess + _SMALL)).prod(axis=-1)
@@ -112,13 +133,14 @@ def cider(
     for refs in references:
         grams = [_ngrams(ref, n) for ref in refs for n in range(1, MAX_N + 1)]
         frequency.update(set().union(*grams) if grams else ())
-    log_count = float(np.log(max(len(references), 1)))
+    log_count = log(max(len(references), 1))
+    idf = {gram: log_count - log(max(1.0, count)) for gram, count in frequency.items()}
     values = []
     for hypothesis, refs in zip(hypotheses, references, strict=True):
-        mine = _tf_idf(hypothesis, frequency, log_count)
+        mine = _tf_idf(hypothesis, idf, log_count)
         total = np.zeros(MAX_N)
         for ref in refs:
-            total += _similarity(mine, _tf_idf(ref, frequency, log_count), sigma)
+            total += _similarity(mine, _tf_idf(ref, idf, log_count), sigma)
         values.append(10.0 * float(total.mean()) / max(1, len(refs)))
     return mean_statistics(values)
 
@@ -126,13 +148,11 @@ def cider(
 Weighted = tuple[list[dict[tuple[str, ...], float]], list[float], int]
 
 
-def _tf_idf(tokens: Tokens, frequency: Counter[tuple[str, ...]], log_count: float) -> Weighted:
+def _tf_idf(tokens: Tokens, idf: dict[tuple[str, ...], float], log_count: float) -> Weighted:
     vectors = []
     for n in range(1, MAX_N + 1):
         grams = _ngrams(tokens, n)
-        vectors.append(
-            {g: c * (log_count - float(np.log(max(1.0, frequency[g])))) for g, c in grams.items()}
-        )
+        vectors.append({gram: c * idf.get(gram, log_count) for gram, c in grams.items()})
     norms = [sum(v * v for v in vector.values()) ** 0.5 for vector in vectors]
     return vectors, norms, max(0, len(tokens) - 1)  # length counts bigrams, as upstream
 

@@ -1,0 +1,111 @@
+"""The published protocols against golden numbers, and properties of every metric."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clinkd.errors import ConfigError, DataError
+from clinkd.evaluate.predictions import read_predictions
+from clinkd.evaluate.protocols import PROTOCOLS, clean_response, grounding, naming, protocol
+from clinkd.evaluate.score import score_model
+
+GOLDEN = Path(__file__).parent / "golden" / "bird.jsonl"
+
+
+def scores(name, rows):
+    found = score_model(rows, protocol(name), label="x", meteor="meteor_py", bootstrap=0)
+    return {task: result["score"] for task, result in found["tasks"].items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "vg", "roc"), [("bird", 13.75, 10.42), ("clinkd", 55.0, 41.67), ("strict", 85.71, 80)]
+)
+def test_golden_file_scores_as_derived_by_hand(name, vg, roc):
+    assert scores(name, read_predictions(GOLDEN).rows) == {"VG": vg, "ROC": roc}
+
+
+def test_each_golden_record_hits_as_derived_by_hand():
+    rows = read_predictions(GOLDEN).rows
+    boxes = grounding(rows[:6], PROTOCOLS["bird"]).statistics.rows
+    assert boxes.tolist() == [[0, 1], [1, 1], [2, 2], [1, 1], [0, 1], [0, 1]]
+    boxes = grounding(rows[:6], PROTOCOLS["strict"]).statistics.rows
+    assert boxes.tolist() == [[1, 1], [1, 1], [1, 2], [1, 1], [1, 1], [1, 1]]
+    cleaned = [{**row, "response": clean_response(row["response"])} for row in rows[6:]]
+    assert naming(cleaned, PROTOCOLS["bird"]).statistics.rows[:, 0].tolist() == [1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("A.<|im_end|>B", "A."),
+        ("line1\nline2\nline3", "line2"),
+        ("A.\n<|im_end|>", "A.\n<|im_end|>"),
+        ("A<|im_end|>\nB", "AB"),
+        (" A<|endoftext|> ", "A"),
+    ],
+)
+def test_cleaning_keeps_the_published_faults(text, cleaned):
+    assert clean_response(text) == cleaned
+
+
+corner = st.integers(0, 400)
+side = st.integers(1, 400)
+box = st.builds(lambda x, y, w, h: (x, y, x + w, y + h), corner, corner, side, side)
+
+
+def written(boxes):
+    return "".join(f"<box>({a},{b}),({c},{d})</box>" for a, b, c, d in boxes)
+
+
+def vg(truth, answer, image="ct_1"):
+    row = {"id": image, "task": "VG", "modality": "ct", "group": image}
+    return row | {"annotation": written(truth), "response": written(answer)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(box, min_size=1, max_size=4, unique=True), st.sampled_from(["clinkd", "strict"]))
+def test_identical_boxes_score_all_and_none_score_nothing(boxes, name):
+    assert scores(name, [vg(boxes, boxes)]) == {"VG": 100}
+    assert scores(name, [vg(boxes, [])]) == {"VG": 0}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(box, box), min_size=2, max_size=6), st.randoms())
+def test_line_order_changes_nothing(pairs, random):
+    rows = [vg([a], [b], f"ct_{i}") for i, (a, b) in enumerate(pairs)]
+    mixed = random.sample(rows, len(rows))
+    for name in PROTOCOLS:
+        first, second = (
+            score_model(r, protocol(name), label="", meteor="meteor_py", bootstrap=20)
+            for r in (rows, mixed)
+        )
+        assert first == second
+
+
+@settings(max_examples=40, deadline=None)
+@given(box, box)
+def test_truth_and_answer_may_be_swapped_and_units_changed(a, b):
+    for name in PROTOCOLS:
+        one = scores(name, [vg([a], [b])])
+        assert one == scores(name, [vg([b], [a])])
+        double = [tuple(2 * c for c in x) for x in (a, b)]
+        assert one == scores(name, [vg([double[0]], [double[1]])])
+
+
+def test_unknown_protocol_names_the_known():
+    with pytest.raises(ConfigError, match="bird, clinkd, strict"):
+        protocol("coco")
+
+
+def test_malformed_lines_are_errors_with_their_number_or_listed(tmp_path):
+    good = json.dumps({"id": 1, "image": "ct_1.png", "annotation": "a", "response": "a"})
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{good}\n{good[:20]}\n{good}\n{{"id": 3}}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"p\.jsonl:2"):
+        read_predictions(path, task="ROC")
+    found = read_predictions(path, task="ROC", skip_bad=True)
+    assert [number for number, _ in found.bad] == [2, 3, 4]
+    assert len(found.rows) == 1
