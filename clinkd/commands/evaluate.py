@@ -2,11 +2,106 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from clinkd.errors import ConfigError
+from clinkd.errors import ConfigError, DataError
+
+metrics_app = typer.Typer(
+    help="What metrics need beyond the package.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@metrics_app.callback()
+def metrics() -> None:
+    """Keep `fetch` a command of its own while it is the only one."""
+
+
+@metrics_app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="METRIC", help="spice")],
+    source: Annotated[Path, typer.Option("--from", help="CoreNLP 3.6.0's zip file")],
+    sha256: Annotated[str, typer.Option("--sha256", help="its sum, checked before use")],
+) -> None:
+    """Take the parser that SPICE needs out of a file you have, into the user cache."""
+    from clinkd.evaluate.text.fetch import fetch_spice
+
+    if name != "spice":
+        raise ConfigError(f"nothing can be fetched for {name!r}; expected spice")
+    for path in fetch_spice(source, sha256):
+        typer.echo(str(path))
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="run folders or prediction files, two or more")
+    ],
+    protocol: Annotated[str, typer.Option("--protocol", help="bird, clinkd or strict")] = "clinkd",
+    meteor: Annotated[str, typer.Option("--meteor", help="jar, python or auto")] = "auto",
+    form: Annotated[
+        str, typer.Option("--format", help="markdown, latex, csv or json")
+    ] = "markdown",
+    published: Annotated[
+        bool, typer.Option("--published", help="the paper's figures beside them")
+    ] = False,
+    bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="resamples")] = 1000,
+) -> None:
+    """Tables of several runs, paired tests against the first, and the records that differ most."""
+    from clinkd.evaluate import protocols
+    from clinkd.evaluate.compare import compare as compare_rows
+    from clinkd.evaluate.predictions import read_predictions
+    from clinkd.evaluate.run import meteor_metric
+    from clinkd.evaluate.score import score_model
+    from clinkd.evaluate.tables import FORMATS, models_by_task, render, tasks_by_modality
+
+    if len(runs) < 2:
+        raise ConfigError("compare needs two runs or more")
+    if form not in FORMATS:
+        raise ConfigError(f"unknown table format {form!r}; expected one of {', '.join(FORMATS)}")
+    rules, metric = protocols.protocol(protocol), meteor_metric(meteor)
+    rows = {str(run): read_predictions(_predictions(run)).rows for run in runs}
+    if len(rows) < len(runs):
+        raise ConfigError("the same run is named twice")
+    models = {
+        name: score_model(mine, rules, label=name, meteor=metric, bootstrap=bootstrap)
+        for name, mine in rows.items()
+    }
+    first, *others = rows
+    pairs = {
+        name: compare_rows(rows[first], rows[name], rules, meteor=metric, bootstrap=bootstrap)
+        for name in others
+    }
+    if form == "json":
+        typer.echo(json.dumps({"protocol": protocol, "models": models, "pairs": pairs}, indent=2))
+        return
+    tables = [models_by_task(models, published=published)]
+    tables += [tasks_by_modality(model) for model in models.values()]
+    typer.echo("\n\n".join(render(table, form) for table in tables))
+    for name, tasks in pairs.items():
+        _show_pair(first, name, tasks)
+
+
+def _predictions(run: Path) -> Path:
+    path = run / "predictions.jsonl" if run.is_dir() else run
+    if not path.is_file():
+        raise DataError(f"{path}: no predictions there; `clinkd generate` makes them")
+    return path
+
+
+def _show_pair(first: str, second: str, tasks: dict[str, Any]) -> None:
+    typer.echo(f"\n{second} against {first}:")
+    for task, pair in tasks.items():
+        sure = ""
+        if "ci95" in pair:
+            low, high = pair["ci95"]
+            sure = f", 95 % [{low:+.2f}, {high:+.2f}], p {pair['p']:.3f}"
+        typer.echo(f"{task} {pair['metric']}: {pair['difference']:+.2f} (n {pair['n']}{sure})")
+        for row in pair["most_different"][:3]:
+            typer.echo(
+                f"    {row['id']} {row['difference']:+.1f}: truth {row['annotation']!r:.100}"
+            )
+            typer.echo(f"        {row['first']!r:.100} → {row['second']!r:.100}")
 
 
 def evaluate_file(

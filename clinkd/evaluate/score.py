@@ -1,6 +1,6 @@
 """Scores of one model's predictions: per task and modality, with intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def _score_task(
     whole = np.ones((1, len(rows)))
     out: dict[str, Any] = {
         "metric": found.name,
-        "score": _percent(float(_average(whole, found.statistics, modalities, rules)[0])),
+        "score": _percent(float(task_average(whole, found.statistics, modalities, rules)[0])),
         "n": len(rows),
         "modalities": {
             str(name): {
@@ -87,7 +87,7 @@ def _part(statistics: Statistics, mask: NDArray[np.bool_]) -> float:
     return float(statistics.finish(statistics.rows[mask].sum(axis=0)))
 
 
-def _average(
+def task_average(
     weights: Array, statistics: Statistics, modalities: NDArray[Any], rules: Protocol
 ) -> Array:
     """A task's score under weights [B, N] of its records, by the protocol's mean."""
@@ -119,13 +119,20 @@ def _interval(
     seed: int,
 ) -> list[float]:
     """2.5 and 97.5 percent of the score over resampled groups."""
+    values = [
+        task_average(weights, statistics, modalities, rules)
+        for weights in resampled(groups, bootstrap, seed)
+    ]
+    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
+    return [_percent(float(low)), _percent(float(high))]
+
+
+def resampled(groups: NDArray[Any], bootstrap: int, seed: int) -> Iterator[Array]:
+    """Weights [B, N] of the records in `bootstrap` draws of groups with replacement, in parts."""
     names, index = np.unique(groups, return_inverse=True)
     generator = np.random.default_rng(seed)
     size = max(1, min(bootstrap, CHUNK // len(groups)))
-    values = []
     for start in range(0, bootstrap, size):
         count = min(size, bootstrap - start)
         drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=count)
-        values.append(_average(drawn[:, index].astype(np.float64), statistics, modalities, rules))
-    low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
-    return [_percent(float(low)), _percent(float(high))]
+        yield drawn[:, index].astype(np.float64)

@@ -1,0 +1,109 @@
+"""Tables as in the paper, from any set of metrics: Markdown, LaTeX, CSV or JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clinkd.data.records import TASKS
+from clinkd.errors import ConfigError
+
+FORMATS = ("markdown", "latex", "csv", "json")
+Cell = str | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: a title, column names, and rows whose first cell is a name."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+# arXiv 2502.05928, Table 1 as printed; recomputed are the means of Table 4's cells by modality
+PUBLISHED: tuple[tuple[str, Mapping[str, float]], ...] = (
+    ("ClinKD (paper, as printed)", {"VG": 67.51, "ROC": 82.35, "RC": 70.56, "MIA": 65.69}),
+    ("ClinKD (paper, recomputed)", {"VG": 67.65, "ROC": 82.35, "RC": 70.56, "MIA": 65.30}),
+    ("LLaVA-Med (paper, as printed)", {"VG": 0.0, "ROC": 2.75, "RC": 8.18, "MIA": 11.20}),
+)
+
+
+def models_by_task(models: Mapping[str, Mapping[str, Any]], *, published: bool = False) -> Table:
+    """Table 1: models × tasks, and their mean; intervals in brackets where they were computed."""
+    rows: list[tuple[Cell, ...]] = []
+    for name, model in models.items():
+        results = [model["tasks"].get(task) for task in TASKS]
+        rows.append((str(model.get("label") or name), *map(_scored, results), model["average"]))
+    if published:
+        for name, scores in PUBLISHED:
+            mean = round(sum(scores.values()) / len(scores), 2)
+            rows.append((name, *(scores[task] for task in TASKS), mean))
+    return Table("Models by task", ("Model", *TASKS, "Average"), tuple(rows))
+
+
+def tasks_by_modality(model: Mapping[str, Any]) -> Table:
+    """Tables 3 and 4: tasks × modalities of one model, with the plain mean of the row."""
+    tasks = {task: model["tasks"][task] for task in TASKS if task in model["tasks"]}
+    modalities = sorted({name for result in tasks.values() for name in result["modalities"]})
+    rows: list[tuple[Cell, ...]] = []
+    for task, result in tasks.items():
+        cells = [result["modalities"].get(name, {}).get("score") for name in modalities]
+        known = [cell for cell in cells if cell is not None]
+        mean = round(sum(known) / len(known), 2) if known else None
+        rows.append((f"{task} ({result['metric']})", *cells, mean, result["score"]))
+    title = f"{model.get('label', 'Model')}: tasks by modality"
+    return Table(title, ("Task", *modalities, "Mean of the row", "Score"), tuple(rows))
+
+
+def _scored(result: Mapping[str, Any] | None) -> Cell:
+    if result is None:
+        return None
+    if "ci95" in result:
+        low, high = result["ci95"]
+        return f"{result['score']:.2f} [{low:.2f}, {high:.2f}]"
+    return float(result["score"])
+
+
+def render(table: Table, form: str) -> str:
+    """The table as text.
+
+    Raises:
+        ConfigError: an unknown format.
+    """
+    if form == "json":
+        rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+        return json.dumps({"title": table.title, "rows": rows}, ensure_ascii=False, indent=2)
+    cells = [[_text(cell) for cell in row] for row in (table.columns, *table.rows)]
+    if form == "csv":
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows(cells)
+        return out.getvalue().rstrip("\n")
+    if form == "markdown":
+        head, *body = ([cell.replace("|", "\\|") for cell in row] for row in cells)
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
+        return f"**{table.title}**\n\n" + "\n".join(lines)
+    if form == "latex":
+        head, *body = ([_tex(cell) for cell in row] for row in cells)
+        lines = [" & ".join(row) + r" \\" for row in (head, *body)]
+        begin = rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}"
+        parts = [f"% {table.title}", begin, r"\hline", lines[0], r"\hline", *lines[1:]]
+        return "\n".join([*parts, r"\hline", r"\end{tabular}"])
+    raise ConfigError(f"unknown table format {form!r}; expected one of {', '.join(FORMATS)}")
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return "–"
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+
+
+def _tex(text: str) -> str:
+    marks: Sequence[str] = "&%$#_{}"
+    return "".join(_TEX.get(c, f"\\{c}" if c in marks else c) for c in text)

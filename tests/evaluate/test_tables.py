@@ -1,0 +1,105 @@
+"""Tables in every format, paired comparison, and the commands around them."""
+
+import csv
+import io
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from clinkd.commands import evaluate as command
+from clinkd.errors import ConfigError, DataError
+from clinkd.evaluate.compare import compare
+from clinkd.evaluate.protocols import protocol
+from clinkd.evaluate.score import score_model
+from clinkd.evaluate.tables import models_by_task, render, tasks_by_modality
+
+NAMES = ("liver", "kidney", "spleen", "lung")
+
+
+def rows(right):
+    """ROC answers to 40 questions over 20 volumes, the first `right` of them true."""
+    return [
+        {
+            "id": f"{('ct', 'mr')[i % 2]}_{i}",
+            "task": "ROC",
+            "modality": ("ct", "mr")[i % 2],
+            "group": f"volume {i // 2}",
+            "annotation": NAMES[i % 4],
+            "response": NAMES[i % 4] if i < right else "bone",
+        }
+        for i in range(40)
+    ]
+
+
+def model(right, bootstrap=0):
+    rules = protocol("clinkd")
+    return score_model(rows(right), rules, label="a_b & c", meteor="meteor_py", bootstrap=bootstrap)
+
+
+def test_every_format_holds_the_same_numbers():
+    table = models_by_task({"x": model(20)}, published=True)
+    found = list(csv.reader(io.StringIO(render(table, "csv"))))
+    assert found[1] == ["a_b & c", "–", "50.00", "–", "–", "50.00"]
+    assert found[2] == ["ClinKD (paper, as printed)", "67.51", "82.35", "70.56", "65.69", "71.53"]
+    assert json.loads(render(table, "json"))["rows"][0]["ROC"] == 50.0
+    assert "| a_b & c | – | 50.00 | – | – | 50.00 |" in render(table, "markdown")
+    assert r"a\_b \& c & -- & 50.00" in render(table, "latex")
+    with pytest.raises(ConfigError, match="markdown, latex, csv, json"):
+        render(table, "xls")
+
+
+def test_modalities_have_their_columns():
+    table = tasks_by_modality(model(21))
+    assert table.columns == ("Task", "ct", "mr", "Mean of the row", "Score")
+    assert table.rows == (("ROC (Recall)", 55.0, 50.0, 52.5, 52.5),)
+
+
+def test_a_difference_is_found_and_none_is_not():
+    rules = protocol("clinkd")
+    found = compare(rows(10), rows(30), rules, meteor="meteor_py")["ROC"]
+    assert found["difference"] == 50
+    low, high = found["ci95"]
+    assert 0 < low < 50 < high
+    assert found["p"] <= 0.01
+    assert len(found["most_different"]) == 10
+    same = compare(rows(10), rows(10), rules, meteor="meteor_py")["ROC"]
+    assert same["ci95"] == [0, 0]
+    assert same["p"] == 1
+    assert same["most_different"] == []
+
+
+def test_other_records_are_an_error():
+    with pytest.raises(DataError, match="1 records are in one of the two only"):
+        compare(rows(10), rows(10)[1:], protocol("clinkd"), meteor="meteor_py")
+
+
+def test_interval_holds_the_score_and_repeats():
+    first, second = (model(20, bootstrap=300)["tasks"]["ROC"] for _ in range(2))
+    assert first == second
+    assert first["ci95"][0] < first["score"] < first["ci95"][1]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, right in (("a", 10), ("b", 30)):
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in rows(right))
+        (tmp_path / name / "predictions.jsonl").write_text(text, encoding="utf-8")
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_compare_prints_tables_and_pairs(runs):
+    app = typer.Typer()
+    app.command()(command.compare)
+    runner = CliRunner()
+    found = runner.invoke(app, [*runs, "--meteor", "python"])
+    assert found.exit_code == 0, found.output
+    assert "ROC Recall: +50.00 (n 40" in found.output
+    found = runner.invoke(app, [*runs, "--meteor", "python", "--format", "json"])
+    assert json.loads(found.output)["pairs"][runs[1]]["ROC"]["difference"] == 50
+    found = runner.invoke(app, [runs[0], runs[0]])
+    assert isinstance(found.exception, ConfigError)
+    found = runner.invoke(app, [runs[0], runs[1] + "/none"])
+    assert isinstance(found.exception, DataError)
