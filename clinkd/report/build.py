@@ -116,7 +116,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"score": _score, "signed": _signed, "whole": _whole}
+    environment.filters |= {"score": _score, "signed": _signed, "whole": _whole, "kind": _kind}
     return environment
 
 
@@ -131,6 +131,14 @@ def _signed(value: float | None) -> str:
 
 def _whole(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}".replace(",", " ")
+
+
+_KINDS = {"ct": "CT", "mr": "MR", "mri": "MR", "x": "X-ray", "xray": "X-ray", "us": "ultrasound"}
+
+
+def _kind(name: str) -> str:
+    """A modality's name for people; unknown ones stay as the data writes them."""
+    return _KINDS.get(name.lower(), name)
 
 
 def _about(run: Run) -> dict[str, Any]:

@@ -123,11 +123,25 @@ def task_tiles(found: Row) -> list[Row]:
                 "gain": difference(score, marks["base"]),
                 "marks": marks,
                 "baseline": baseline,
-                "below": baseline is not None and score is not None and score <= baseline[1],
+                "standing": standing(score, own.get("ci95"), baseline),
                 "strip": charts.range_strip(score, own.get("ci95"), marks),
             }
         )
     return tiles
+
+
+def standing(
+    score: float | None, interval: list[float] | None, baseline: tuple[str, float] | None
+) -> str | None:
+    """In a word, how a score compares with its best trivial baseline: below, unclear or above.
+
+    Unclear is above it, but with the baseline inside the 95 % interval.
+    """
+    if score is None or baseline is None:
+        return None
+    if score <= baseline[1]:
+        return "below"
+    return "unclear" if interval is not None and interval[0] <= baseline[1] else "above"
 
 
 def best_baseline(baselines: Mapping[str, Row], task: str) -> tuple[str, float] | None:
@@ -242,9 +256,11 @@ def _same(a: charts.Curve, b: charts.Curve) -> bool:
 def stage_rows(run: Run) -> Row:
     """Time and memory of each stage, and their sum and maximum."""
     rows = []
-    seconds = [number(entry.get("seconds")) or 0.0 for entry in run.stages.values()]
-    peaks = [number(entry.get("peak_mib")) or 0.0 for entry in run.stages.values()]
-    for (name, entry), took, peak in zip(run.stages.items(), seconds, peaks, strict=True):
+    # a page cannot tell how long it took itself; an earlier page's time would make pages differ
+    stages = {name: entry for name, entry in run.stages.items() if name != "report"}
+    seconds = [number(entry.get("seconds")) or 0.0 for entry in stages.values()]
+    peaks = [number(entry.get("peak_mib")) or 0.0 for entry in stages.values()]
+    for (name, entry), took, peak in zip(stages.items(), seconds, peaks, strict=True):
         rows.append(
             {
                 "name": name,

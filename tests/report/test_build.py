@@ -151,6 +151,14 @@ def test_the_same_run_gives_the_same_page(run: Path) -> None:
     assert page_of(run) == page_of(run)
 
 
+def test_writing_it_again_after_its_own_stage_changes_nothing(run: Path) -> None:
+    before = page_of(run)
+    book = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    book["stages"]["report"] = {"status": "done", "seconds": 9.9, "peak_mib": 99_999}
+    (run / "run.json").write_text(json.dumps(book), encoding="utf-8")
+    assert page_of(run) == before
+
+
 def test_page_stays_small(run: Path) -> None:
     assert build_report(run).stat().st_size < MOST_BYTES
 

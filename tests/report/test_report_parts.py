@@ -9,6 +9,7 @@ from clinkd.report import charts
 from clinkd.report.corrections import examples
 from clinkd.report.gallery import in_turn, rectangle
 from clinkd.report.judge import as_boxes, judge, mean_iou, token_f1
+from clinkd.report.scores import standing
 from clinkd.report.selection import first_beam, selection
 from clinkd.report.text import changes, pieces
 
@@ -129,6 +130,27 @@ def test_correction_examples_show_every_status() -> None:
     rows += [{"status": s, "task": "VG", "id": s} for s in ("truth", "kept", "skipped", "odd")]
     found = examples(rows, 6)
     assert {row["status"] for row in found} == {"accepted", "truth", "kept", "skipped", "odd"}
+
+
+@pytest.mark.parametrize(
+    ("score", "interval", "baseline", "word"),
+    [
+        (10.0, [8.0, 12.0], ("b", 13.0), "below"),
+        (10.0, [8.0, 12.0], ("b", 10.0), "below"),
+        (10.0, [8.0, 12.0], ("b", 9.0), "unclear"),
+        (10.0, [8.0, 12.0], ("b", 7.9), "above"),
+        (10.0, None, ("b", 9.0), "above"),
+        (10.0, None, None, None),
+        (None, None, ("b", 9.0), None),
+    ],
+)
+def test_standing_against_a_baseline(
+    score: float | None,
+    interval: list[float] | None,
+    baseline: tuple[str, float] | None,
+    word: str | None,
+) -> None:
+    assert standing(score, interval, baseline) == word
 
 
 def test_first_beam_is_the_best_score() -> None:
