@@ -1,7 +1,14 @@
 """A tiny Qwen2-VL with a tokenizer of its own, so that nothing is downloaded."""
 
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 VOCABULARY, IMAGE_TOKEN = 120, 90
 
@@ -42,6 +49,34 @@ def make_model(seed=0, stops=1, scale=1.0):
     model.generation_config.eos_token_id = list(range(1, 1 + stops))
     model.generation_config.pad_token_id = 0
     return model
+
+
+def make_other(family):
+    """A tiny Qwen2.5-VL or Qwen3-VL that takes the same requests."""
+    model = make_model()
+    text = model.config.text_config.to_dict()
+    text = {k: v for k, v in text.items() if k not in ("model_type", "layer_types")}
+    tokens = {
+        name: getattr(model.config, name)
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id")
+    }
+    vision = dict(depth=2, num_heads=2, intermediate_size=32, patch_size=14, out_hidden_size=64)
+    if family == "qwen2_5_vl":
+        kind, config = Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig
+        vision |= dict(hidden_size=32, fullatt_block_indexes=[1], window_size=56)
+    else:
+        kind, config = Qwen3VLForConditionalGeneration, Qwen3VLConfig
+        vision |= dict(hidden_size=32, deepstack_visual_indexes=[0], num_position_embeddings=64)
+        text |= dict(head_dim=16)
+    torch.manual_seed(0)
+    other = kind(
+        config(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+    ).eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(3.0)
+    other.generation_config = model.generation_config
+    return other
 
 
 def make_request(generator, images=1, length=12):

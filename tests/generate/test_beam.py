@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from conftest_generate import make_model, make_request
+from conftest_generate import VOCABULARY, make_model, make_other, make_request
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from clinkd.generate import BeamSearcher
+from clinkd.generate.cache import PrefixCache
+from clinkd.generate.hypotheses import Hypotheses, Rules
 from clinkd.models import apply
 from clinkd.rotary import PositionConfig
 
@@ -35,8 +38,6 @@ def compare(model, requests, *, beams, samples, tokens=10, **settings):
     ours = BeamSearcher(
         model, None, beams, samples, tokens, batch_size=settings.pop("batch_size", 3), **settings
     ).generate(requests)
-    if "min_new_tokens" in settings:
-        settings["min_new_tokens"] = settings["min_new_tokens"]
     for request, result in zip(requests, ours, strict=True):
         tokens_, scores = by_transformers(
             model,
@@ -148,12 +149,89 @@ def test_diverse_groups_differ_at_the_first_step(model):
     assert len({c.token_ids[0] for c in result.candidates}) == 4
 
 
-def test_prompt_is_stored_once(model):
-    from clinkd.generate.cache import PrefixCache
+def test_equals_a_left_padded_batch_of_transformers(model):
+    requests = requests_of(81, count=4, images=(1, 2))
+    longest = max(len(r["input_ids"]) for r in requests)
+    ids = torch.tensor([[0] * (longest - len(r["input_ids"])) + r["input_ids"] for r in requests])
+    pads = torch.tensor([longest - len(r["input_ids"]) for r in requests])
+    assert pads.max() > 0
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=(torch.arange(longest) >= pads[:, None]).long(),
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        pixel_values=torch.cat([r["pixel_values"] for r in requests]),
+        image_grid_thw=torch.cat([r["image_grid_thw"] for r in requests]),
+        num_beams=3,
+        num_return_sequences=3,
+        max_new_tokens=8,
+        do_sample=False,
+    )[:, longest:]
+    results = BeamSearcher(model, None, 3, 3, 8).generate(requests)
+    ours = [c.token_ids for r in results for c in r.candidates]
+    for tokens, row in zip(ours, out.tolist(), strict=True):
+        assert row[: len(tokens)] == tokens
+        assert set(row[len(tokens) :]) <= {0}  # padding behind the stop token
 
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("preset", [None, "warm", "mrope"])
+def test_other_families(family, preset):
+    model = make_other(family)
+    if preset is not None:
+        model = apply(model, PositionConfig(preset, pos_scale=(1.0, 1.0)))
+    compare(model, requests_of(91, count=4), beams=3, samples=3)
+
+
+def test_nothing_in_a_step_waits_for_the_device(model):
+    """Fake tensors on a GPU know no values: whatever asked for one would raise."""
+    rules = Rules(
+        hypotheses=4,
+        max_new_tokens=6,
+        length_penalty=1.0,
+        early_stopping=True,
+        stop_ids=(1, 2),
+        min_new_tokens=2,
+        groups=2,
+        diversity_penalty=0.5,
+    )
+    text = model.config.get_text_config()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        device = torch.device("cuda")
+        with pytest.raises(DataDependentOutputException):
+            bool(torch.zeros(2, device=device).any())
+        search = Hypotheses(2, rules, device)
+        cache = PrefixCache(2, 4, prefix=9, steps=6, device=device)
+        for slot in range(2):
+            keys = [torch.zeros(2, 9, 16, device=device)] * text.num_hidden_layers
+            cache.admit(slot, keys, keys)
+            search.admit(slot)
+        parents, tokens, over = search.advance(torch.zeros(2, 4, VOCABULARY, device=device))
+        cache.begin_step(parents)
+        query, key = (torch.zeros(8, heads, 1, 16, device=device) for heads in (4, 2))
+        cache.update(key, key, 0)
+        assert cache.attend(query, 0, 0.25).shape == (8, 1, 4, 16)
+        assert over.device.type == tokens.device.type == "cuda"
+
+
+def test_slots_are_taken_up_again(model, monkeypatch):
+    """Prompts enter as soon as others leave, and no question changes by it."""
+    sharp = make_model(seed=3, stops=40, scale=0.3)  # answers end early, at different steps
+    entered = []
+    admit = PrefixCache.admit
+    monkeypatch.setattr(
+        PrefixCache, "admit", lambda self, slot, *kv: (entered.append(slot), admit(self, slot, *kv))
+    )
+    compare(sharp, requests_of(12, count=12), beams=3, samples=3, batch_size=4)
+    assert entered[:4] == [0, 1, 2, 3]
+    assert len(entered) == 12
+    assert set(entered[4:]) <= {0, 1, 2, 3}
+
+
+def test_prompt_is_stored_once(model):
     keys = [torch.randn(2, 30, 16) for _ in range(2)]
     cache = PrefixCache(1, 3, prefix=30, steps=4, device=torch.device("cpu"))
     cache.admit(0, keys, keys)
+    assert cache.prefix_bytes == 2 * 2 * 2 * 30 * 16 * 4  # layers, k and v, heads, P, D, fp32
     places = 30 + 3 * 4
     assert cache.nbytes == 2 * 2 * 2 * places * 16 * 4  # layers, k and v, heads, places, D, fp32
 
@@ -164,11 +242,15 @@ def test_prompt_is_stored_once(model):
         ({"input_ids": list(range(2, 80)) * 7}, "exceed the model's context of 512"),
         ({"image_grid_thw": torch.tensor([[1, 2, 2]])}, "image tokens, its images make 1"),
         ({"input_ids": []}, "prompt is empty"),
+        ({"pixel_values": torch.zeros(3, 1176)}, "pixel_values hold 3 patches"),
+        ({"input_ids": [5, 91, 6]}, "has a video"),
+        ({"input_ids": [5, 120]}, "input_ids must be 0 to 119"),
     ],
 )
 def test_a_bad_request_fails_alone(model, change, message):
     good = requests_of(71, count=2, images=(1,))
     bad = {k: v for k, v in good[0].items() if "input_ids" not in change or k == "id"} | change
+    bad["id"] = "bad"
     results = BeamSearcher(model, None, 3, 3, 5).generate([good[0], bad, good[1]])
     assert message in results[1].error
     assert results[1].candidates == []
@@ -181,7 +263,9 @@ def test_a_bad_request_fails_alone(model, change, message):
         ({"num_beams": 17}, "num_beams must be 1 to 16, got 17"),
         ({"num_beams": 2, "num_samples": 3}, "num_samples must be 1 to 2, got 3"),
         ({"num_beams": 3, "num_beam_groups": 2}, "num_beam_groups must divide"),
+        ({"num_beam_groups": 0}, "num_beam_groups must divide"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"batch_size": 0}, "batch_size must be 1 to"),
     ],
 )
 def test_settings_are_checked(model, settings, message):
