@@ -13,11 +13,12 @@ import triton.language as tl
 from clinkd.kernels.rotary_attention_keys import keys_kernel
 from clinkd.kernels.rotary_tiles import (
     LOG2_E,
-    backward_blocks,
     constants,
     count_tiles,
     find_tile,
+    keys_blocks,
     load_piece,
+    queries_blocks,
     softmax_weights,
     turn_back,
     walk,
@@ -227,7 +228,6 @@ def launch_backward(
     )
     delta.copy_(by_row.transpose(-1, -2))
     sequences = len(starts) - 1 if starts is not None else out.shape[0]
-    blocks = backward_blocks(D, out.element_size())
     rows, keys = out.shape[-3], k.shape[-3]
     sides = (0, lse.stride(0)) if packed else lse.stride()[:2]
     shared = {
@@ -237,8 +237,6 @@ def launch_backward(
         "PACKED": packed,
         "SEQUENCES": triton.next_power_of_2(max(1, sequences)) if packed else 1,
         "ROTATE": True,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
         **constants(out, spec),
     }
 
@@ -246,14 +244,18 @@ def launch_backward(
         return (p.stride(0), 0, p.stride(1)) if packed else p.stride()
 
     sizes = (rows, keys, sequences, scale)
+    blocks = keys_blocks(D, out.element_size())
     keys_kernel[(count_tiles(keys, blocks.rows, sequences, packed), Hkv)](
         q_turned, k, v, grad, lse, delta, dk, dv, key_positions, *tables, starts, key_starts,
         *walk(out), *walk(k), *walk(v), *walk(dk), *sides, *places(key_positions), *sizes,
-        BLOCK_M=blocks.columns, BLOCK_N=blocks.rows, **shared,
+        BLOCK_M=blocks.columns, BLOCK_N=blocks.rows,
+        num_warps=blocks.warps, num_stages=blocks.stages, **shared,
     )  # fmt: skip
+    blocks = queries_blocks(D, out.element_size())
     _queries_kernel[(count_tiles(rows, blocks.rows, sequences, packed), Hq)](
         q_turned, k, v, grad, lse, delta, dq, positions, *tables, starts, key_starts,
         *walk(out), *walk(k), *walk(v), *sides, *places(positions), *sizes,
-        BLOCK_M=blocks.rows, BLOCK_N=blocks.columns, **shared,
+        BLOCK_M=blocks.rows, BLOCK_N=blocks.columns,
+        num_warps=blocks.warps, num_stages=blocks.stages, **shared,
     )  # fmt: skip
     return dq, dk, dv

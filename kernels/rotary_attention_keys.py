@@ -7,7 +7,6 @@ from clinkd.kernels.rotary_tiles import (
     LOG2_E,
     find_tile,
     load_piece,
-    softmax_weights,
     turn_back,
 )
 
@@ -15,7 +14,7 @@ from clinkd.kernels.rotary_tiles import (
 @triton.jit
 def _keys_step(
     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_base, grad_base, lse_base, delta_base,
-    row_stride_s, row, Sq, Sk, offset, j,
+    row_stride_s, row, Sq, offset, j,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -37,16 +36,23 @@ def _keys_step(
         d1 = D0 + tl.arange(0, D1)
         q1 = load_piece(q_rows, is_row, d1, D, UPCAST, False, D0 + D1 == D)
         grad1 = load_piece(grad_rows, is_row, d1, D, UPCAST, False, D0 + D1 == D)
-    weights = softmax_weights(
-        q0, q1, k0, k1, i, j, Sk, offset, lse, D1, CAUSAL, WINDOW, MASKED, PRECISION
-    )
-    rounded = tl.trans(weights.to(grad0.dtype))
+    # transposed, keys by queries: the tile's own keys and values stay the left side of each product
+    scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
+    if D1 > 0:
+        scores = tl.dot(k1, tl.trans(q1), acc=scores, input_precision=PRECISION)
+    weights = tl.exp2(scores - lse[None, :])
+    if MASKED:
+        if CAUSAL:
+            weights = tl.where(j[:, None] <= i[None, :] + offset, weights, 0.0)
+        if WINDOW > 0:
+            weights = tl.where(j[:, None] > i[None, :] + (offset - WINDOW), weights, 0.0)
+    rounded = weights.to(grad0.dtype)
     dv0 = tl.dot(rounded, grad0, acc=dv0, input_precision=PRECISION)
-    dweights = tl.dot(grad0, tl.trans(v0), input_precision=PRECISION)
+    dweights = tl.dot(v0, tl.trans(grad0), input_precision=PRECISION)
     if D1 > 0:
         dv1 = tl.dot(rounded, grad1, acc=dv1, input_precision=PRECISION)
-        dweights = tl.dot(grad1, tl.trans(v1), acc=dweights, input_precision=PRECISION)
-    dscores = tl.trans((weights * (dweights - delta[:, None])).to(q0.dtype))
+        dweights = tl.dot(v1, tl.trans(grad1), acc=dweights, input_precision=PRECISION)
+    dscores = (weights * (dweights - delta[None, :])).to(q0.dtype)
     dk0 = tl.dot(dscores, q0, acc=dk0, input_precision=PRECISION)
     if D1 > 0:
         dk1 = tl.dot(dscores, q1, acc=dk1, input_precision=PRECISION)
@@ -153,13 +159,13 @@ def keys_kernel(
         for row in range(first, whole, BLOCK_M):
             dk0, dk1, dv0, dv1 = _keys_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr + here, grad_ptr + here,
-                lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq, Sk, offset, j,
+                lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq, offset, j,
                 D, D0, D1, BLOCK_M, CAUSAL, WINDOW, True, PRECISION, UPCAST,
             )  # fmt: skip
         for row in range(whole, last, BLOCK_M):
             dk0, dk1, dv0, dv1 = _keys_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr + here, grad_ptr + here,
-                lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq, Sk, offset, j,
+                lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq, offset, j,
                 D, D0, D1, BLOCK_M, CAUSAL, WINDOW, False, PRECISION, UPCAST,
             )  # fmt: skip
     out_at = b * dk_stride_b + at * dk_stride_s + h * dk_stride_h

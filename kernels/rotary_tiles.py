@@ -1,7 +1,7 @@
 """What the rotary attention kernels share: turning a tile, finding a tile's sequence, blocks.
 
 A head's D components are held as two pieces, D0 and D1 wide, both powers of two: 80 is 64 + 16 and
-96 is 64 + 32, so that no product is padded to 128. D1 = 0 where D itself is a power of two.
+96 is 64 + 32, so that no product is padded to 128.
 """
 
 from typing import Any, NamedTuple
@@ -205,32 +205,52 @@ class Blocks(NamedTuple):
 
 
 def pieces(head_dim: int) -> tuple[int, int]:
-    """D0 and D1: powers of two of at least 16, together at least head_dim."""
+    """D0 and D1: powers of two of at least 16, together at least head_dim.
+
+    A power of two from 64 on is two halves: turning half a tile at a time takes fewer registers.
+    """
     first = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - first
-    return first, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
+    if rest == 0:
+        return (first // 2, first // 2) if first >= 64 else (first, 0)
+    return first, max(16, 1 << (rest - 1).bit_length())
 
 
 def forward_blocks(head_dim: int, element_size: int) -> Blocks:
-    """Of the forward kernel."""
+    """Of the forward kernel; the largest that spill no register on sm_80, sm_90 and sm_120."""
     if INTERPRETED:
         return Blocks(32, 16, 4, 1)
     if element_size == 4:
-        return Blocks(64, 32, 4, 2) if head_dim <= 128 else Blocks(32, 16, 4, 1)
+        return Blocks(64, 32, 8, 2) if head_dim <= 128 else Blocks(32, 16, 8, 1)
     if head_dim <= 64:
         return Blocks(128, 64, 4, 3)
-    return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 4, 2)
+    if head_dim < 128:
+        return Blocks(128, 64, 8, 3)
+    return Blocks(128, 64, 8, 2) if head_dim == 128 else Blocks(64, 32, 8, 2)
 
 
-def backward_blocks(head_dim: int, element_size: int) -> Blocks:
-    """Of both backward kernels."""
+def keys_blocks(head_dim: int, element_size: int) -> Blocks:
+    """Of the kernel that owns keys."""
     if INTERPRETED:
         return Blocks(32, 16, 4, 1)
     if element_size == 4:
-        return Blocks(32, 32, 4, 1) if head_dim <= 128 else Blocks(16, 16, 4, 1)
+        return Blocks(32, 32, 8, 1) if head_dim <= 128 else Blocks(16, 16, 8, 1)
+    if head_dim <= 64:
+        return Blocks(64, 32, 4, 2)
+    if head_dim < 128:
+        return Blocks(64, 32, 8, 2)
+    return Blocks(32, 64, 4, 2) if head_dim == 128 else Blocks(32, 16, 8, 1)
+
+
+def queries_blocks(head_dim: int, element_size: int) -> Blocks:
+    """Of the backward kernel that owns queries."""
+    if INTERPRETED:
+        return Blocks(32, 16, 4, 1)
+    if element_size == 4:
+        return Blocks(32, 32, 8, 1) if head_dim <= 128 else Blocks(16, 16, 8, 1)
     if head_dim <= 64:
         return Blocks(64, 64, 4, 2)
-    return Blocks(64, 32, 4, 2) if head_dim <= 128 else Blocks(32, 16, 4, 1)
+    return Blocks(64, 32, 8, 2) if head_dim <= 128 else Blocks(32, 16, 8, 1)
 
 
 def walk(x: Tensor) -> tuple[int, int, int]:

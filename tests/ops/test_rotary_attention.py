@@ -128,10 +128,57 @@ def test_cpu_in_16_bits(name, dtype):
     compare("cpu", CASES[name], dtype)
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = {"one token", "more queries than keys", "packed with an empty one", "no queries", "no keys"}
+QUICK |= {"head 48 partial", "window, full, later"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_triton_matches_float64(name):
     usable("triton")
     compare("triton", CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["causal", "packed", "head 80"])
+def test_triton_in_16_bits(name, dtype):
+    usable("triton")
+    compare("triton", CASES[name], dtype)
+
+
+def test_triton_writes_every_output(monkeypatch):
+    usable("triton")
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    compare("triton", CASES["head 48 partial"])
+    compare("triton", CASES["packed with an empty one"])
+
+
+@pytest.mark.slow
+def test_triton_backward_repeats():
+    usable("triton")
+    case = CASES["six to one"]
+    tensors, positions, options = case.make()
+    first, second = (run("triton", tensors, positions, case.spec, options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_triton_opcheck():
+    usable("triton")
+    case = CASES["one head each"]
+    (q, k, v), positions, _ = case.make()
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    options = (positions, positions, case.spec.key, True, 0.2, None, None, 0, True)
+    torch.library.opcheck(torch.ops.clinkd.rotary_attention.default, (*leaves, *options))
 
 
 def test_chunks_of_queries(monkeypatch):
