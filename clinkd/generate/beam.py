@@ -13,6 +13,10 @@ from clinkd.generate.hypotheses import EarlyStopping, Hypotheses, Rules
 from clinkd.generate.inputs import Inputs, encode_request, reason, stop_tokens
 from clinkd.generate.results import Candidate, Result
 
+# most tokens encoded together, on the CPU (long prompts one at a time: no padding, no mask) and on
+# a GPU (to bound memory)
+PREFILL_TOKENS = (1024, 16384)
+
 
 class BeamSearcher:
     """Answers questions about images with the n best of k beams.
@@ -155,9 +159,8 @@ class BeamSearcher:
         while owners or waiting:
             fresh = {slot: waiting.popleft() for slot in free[: len(waiting)]}
             if fresh:
-                new = self._prefill(
-                    [inputs for _, inputs in fresh.values()], cache, start, list(fresh)
-                )
+                prompts = {slot: inputs for slot, (_, inputs) in fresh.items()}
+                new = torch.cat([self._prefill(p, cache, start) for p in self._parts(prompts)])
                 for slot, (index, _) in fresh.items():
                     hypotheses.admit(slot)
                     generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + index)
@@ -185,11 +188,23 @@ class BeamSearcher:
             if len(free) < count:
                 logits = self._step(cache, parents[:count], tokens[:count], start[:count])
 
-    def _prefill(
-        self, inputs: list[Inputs], cache: PrefixCache, start: Tensor, slots: list[int]
-    ) -> Tensor:
+    def _parts(self, prompts: dict[int, Inputs]) -> Iterator[dict[int, Inputs]]:
+        """Cut prompts into groups that are encoded together."""
+        most = PREFILL_TOKENS[self.model.device.type == "cuda"]
+        part: dict[int, Inputs] = {}
+        longest = 0
+        for slot, inputs in prompts.items():
+            longest = max(longest, inputs["input_ids"].shape[1])
+            if part and longest * (len(part) + 1) > most:
+                yield part
+                part, longest = {}, inputs["input_ids"].shape[1]
+            part[slot] = inputs
+        yield part
+
+    def _prefill(self, prompts: dict[int, Inputs], cache: PrefixCache, start: Tensor) -> Tensor:
         """Encode new prompts into slots; logits of their next token [n, K, V]."""
         core = self.model.model
+        slots, inputs = list(prompts), list(prompts.values())
         lengths = [each["input_ids"].shape[1] for each in inputs]
         batch = {
             name: torch.nn.utils.rnn.pad_sequence(

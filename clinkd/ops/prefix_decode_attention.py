@@ -193,19 +193,21 @@ def _cpu(
     scores = torch.empty(B, Hkv, rows.shape[2], P + used, dtype=compute)
     scores[..., :P] = rows @ keys[0].transpose(-1, -2)
     scores[..., P:] = rows @ keys[1].transpose(-1, -2)
-    if shortest < P and prefix_lengths is not None:
+    if prefix_lengths is not None and shortest < P:
         beyond = torch.arange(P) >= prefix_lengths[:, None]
         scores[..., :P].masked_fill_(beyond[:, None, None], float("-inf"))
-        values[0] = values[0].masked_fill(beyond[:, None, :, None], 0.0)
     seen = default_visible(B, K, M, q.device) if visible is None else visible
     hidden = ~(seen[..., :used] & (torch.arange(used) < suffix_lengths[:, None])[:, None])
     by_hypothesis = scores.view(B, Hkv, K, G, P + used)[..., P:]
     by_hypothesis.masked_fill_(hidden[:, None, :, None], float("-inf"))
-    nobody = hidden.all(dim=1)
-    if bool(nobody.any()):  # such places may be uninitialised: 0 * NaN must not reach the sum
-        values[1] = values[1].masked_fill(nobody[:, None, :, None], 0.0)
     weights = scores.softmax(dim=-1)
     out = weights[..., :P] @ values[0] + weights[..., P:] @ values[1]
+    if not bool(out.isfinite().all()):
+        # places that nobody sees may hold anything, and 0 * NaN has reached the sum: clear a copy
+        if shortest < P:
+            values[0] = values[0].masked_fill(beyond[:, None, :, None], 0.0)
+        values[1] = values[1].masked_fill(hidden.all(dim=1)[:, None, :, None], 0.0)
+        out = weights[..., :P] @ values[0] + weights[..., P:] @ values[1]
     merged: Tensor = out.view(B, Hkv, K, G, D).transpose(1, 2).reshape(B, K, Hq, D).to(q.dtype)
     return merged
 
