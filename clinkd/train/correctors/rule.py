@@ -2,87 +2,208 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
-from clinkd.data.boxes import PATTERNS, format_boxes, parse_boxes, strip_boxes
-from clinkd.generate.select import word_similarity
-from clinkd.train.correction.verify import numbers, sides
-from clinkd.train.correctors import Case
+from clinkd.train.correction.facts import MARKUP, contradiction, stated_boxes, without_boxes
+from clinkd.train.correctors import Case, Progress, Reply
 
-AGREES = 0.5  # word F1 at which a sentence of the student says what one of the truth says
+_SLOT = "\0"  # stands for a box, or several in a row, while sentences are compared
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
-_SLOT = "\0"  # stands for the boxes while sentences are compared
+_TOKEN = re.compile(rf"{_SLOT}|[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]")
+_CLOSED = re.compile(r"[.!?]$")
+_VERB_WORDS = "is are was were lies lie shows show contains contain depicts find see has have"
+_PLURAL_WORDS = "are were lie show contain have"
+_OTHER_WORDS = """
+    a an the this that these it its in of at on to and by with as than which there here can be you
+    we i one located found seen shown visible situated image picture scan region area box structure
+    part given answer
+"""
+_VERBS = frozenset(_VERB_WORDS.split())
+_PLURAL = frozenset(_PLURAL_WORDS.split())
+# words that frame a statement and add nothing to it; all others are its content
+_FRAME = _VERBS | frozenset(_OTHER_WORDS.split())
 
 
 class RuleCorrector:
-    """No model: each sentence of the truth in the student's words where those agree with it.
+    """No model: every sentence of the truth, in the student's words where those can carry it.
 
-    A sentence agrees when most words are shared and it brings no number, side or name of its own.
-    Boxes are always the truth's.
+    A sentence of the student is kept where its content is that of a sentence of the truth, word
+    for word and in order. Where only its content is wrong, the truth's is put into the student's
+    wording: "You can find the left femur at …" becomes "You can find the right femur at …". What
+    the truth does not say is left out. Boxes are the truth's, always.
     """
 
     name = "rule"
 
-    def correct(self, cases: Sequence[Case]) -> list[str | None]:
-        return [_correct(case) for case in cases]
+    def correct(self, cases: Sequence[Case], progress: Progress | None = None) -> list[Reply]:
+        out = []
+        for number, case in enumerate(cases, start=1):
+            out.append(Reply(rewrite(case.answer, case.truth)))
+            if progress is not None and (number % 1000 == 0 or number == len(cases)):
+                progress(number, len(cases), "correcting")
+        return out
 
 
-def _correct(case: Case) -> str:
-    if case.task == "ROC":
-        return case.truth  # a name is right or wrong
-    boxes = format_boxes(parse_boxes(case.truth))
-    mine = [s for s in _SENTENCE.split(_without_boxes(case.answer)) if s]
-    out = [_phrase(sentence, mine) for sentence in _SENTENCE.split(_without_boxes(case.truth))]
-    return " ".join(out).replace(_SLOT, boxes)
+def rewrite(answer: str, truth: str) -> str:
+    """The truth, sentence by sentence, in the answer's words where those can carry it."""
+    boxes = _box_texts(truth)
+    mine = [_parse(s) for s in _sentences(answer) if _sound(s)]
+    out = []
+    for text in _sentences(truth):
+        true = _parse(text)
+        kept = next((m for m in mine if _agrees(m, true)), None)
+        if kept is not None:
+            mine.remove(kept)
+            out.append(kept.text)
+            continue
+        wordings = [(m, new) for m in mine if (new := _reworded(m, true)) is not None]
+        if wordings:
+            used, new = max(wordings, key=lambda pair: _shared_frame(pair[0], true))
+            mine.remove(used)
+            out.append(new)
+        else:
+            out.append(text)
+    return _fill(" ".join(out), boxes)
 
 
-def _without_boxes(text: str) -> str:
-    """Boxes become one mark; several in a row one mark as well."""
-    for name in ("qwen2", "box", "json", "plain"):
-        text = PATTERNS[name].sub(_SLOT, text)
-    return re.sub(rf"{_SLOT}+", _SLOT, text).strip()
+class _Run(NamedTuple):
+    """Content words in a row, and the frame words or signs around them."""
+
+    start: int
+    end: int
+    before: str  # empty at the start; `an` counts as `a`
+    after: str = ""
 
 
-def _phrase(truth: str, mine: Sequence[str]) -> str:
-    """The student's sentence that says the same, else the truth's."""
-    best = max(mine, key=lambda s: word_similarity(s, truth), default="")
-    same = (
-        word_similarity(best, truth) >= AGREES
-        and best.count(_SLOT) == truth.count(_SLOT)
-        and numbers(best) <= numbers(truth)
-        and sides(best) == sides(truth)
-        and _words(best) >= _content(truth)
-        and _content(best) <= _words(truth) | _FRAME
+class _Sentence(NamedTuple):
+    text: str
+    tokens: tuple[str, ...]  # lower case
+    runs: tuple[_Run, ...]
+
+    @property
+    def content(self) -> list[str]:
+        return [t for t in self.tokens if _is_content(t)]
+
+    def run_text(self, run: _Run) -> str:
+        return self.text[run.start : run.end]
+
+
+def _is_content(token: str) -> bool:
+    return token not in _FRAME and token[0].isalnum()
+
+
+def _parse(text: str) -> _Sentence:
+    tokens = []
+    runs: list[_Run] = []
+    before, inside = "", False
+    for match in _TOKEN.finditer(text):
+        token = match[0].lower()
+        tokens.append(token)
+        content = _is_content(token)
+        if content and inside:
+            runs[-1] = runs[-1]._replace(end=match.end())
+        elif content:
+            runs.append(_Run(match.start(), match.end(), "a" if before == "an" else before))
+        elif inside:
+            runs[-1] = runs[-1]._replace(after=token)
+        inside, before = content, token
+    return _Sentence(text, tuple(tokens), tuple(runs))
+
+
+def _sentences(text: str) -> list[str]:
+    marked = without_boxes(text.replace(_SLOT, " "), _SLOT)
+    marked = re.sub(rf"{_SLOT}(?:\s*{_SLOT})*", _SLOT, marked)
+    return [s for s in _SENTENCE.split(" ".join(marked.split())) if s]
+
+
+def _box_texts(truth: str) -> list[str]:
+    """The boxes behind each slot of the truth, as they are written there."""
+    truth = truth.replace(_SLOT, " ")
+    out: list[str] = []
+    end = -1
+    for box in stated_boxes(truth):
+        if end >= 0 and not truth[end : box.start].strip():
+            out[-1] += truth[end : box.end]
+        else:
+            out.append(truth[box.start : box.end])
+        end = box.end
+    return out
+
+
+def _fill(text: str, boxes: Sequence[str]) -> str:
+    """Boxes back into their slots, in order."""
+    parts = text.split(_SLOT)
+    return "".join(
+        part + box for part, box in zip(parts, [*boxes, *[""] * len(parts)], strict=False)
     )
-    return best if same else truth
 
 
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"[a-z]+", strip_boxes(text.replace(_SLOT, " ")).lower()))
+def _sound(sentence: str) -> bool:
+    """Whether a sentence of the student is fit to be learnt from, as far as signs can tell."""
+    tokens = [t.lower() for t in _TOKEN.findall(sentence)]
+    stutters = any(a == b and a != _SLOT for a, b in pairwise(tokens))
+    return bool(
+        _CLOSED.search(sentence)
+        and (sentence[0].isupper() or sentence[0].isdigit())
+        and not stutters
+        and not MARKUP.search(sentence)
+        and sentence.count("(") == sentence.count(")")
+    )
 
 
-# words that frame a statement and change nothing in it
-_FRAME = frozenset(
-    {
-        "a",
-        "an",
-        "the",
-        "this",
-        "that",
-        "it",
-        "is",
-        "are",
-        "was",
-        "in",
-        "of",
-        "at",
-        "on",
-        "to",
-        "and",
-    }
-    | {"by", "you", "can", "find", "found", "located", "image", "region", "shows", "show", "shown"}
-    | {"seen", "see", "structure", "lies", "lie", "part", "there", "its"}
-)
+def _same_build(mine: _Sentence, true: _Sentence) -> bool:
+    """As many boxes, a verb where the truth has one, and of the same number."""
+    verbs, true_verbs = (_VERBS & set(s.tokens) for s in (mine, true))
+    return (
+        mine.tokens.count(_SLOT) == true.tokens.count(_SLOT)
+        and bool(verbs) >= bool(true_verbs)
+        and (not true_verbs or bool(verbs & _PLURAL) == bool(true_verbs & _PLURAL))
+    )
 
 
-def _content(text: str) -> set[str]:
-    return _words(text) - _FRAME
+def _agrees(mine: _Sentence, true: _Sentence) -> bool:
+    """Whether a sentence of the student says just what one of the truth says."""
+    return (
+        mine.content == true.content
+        and _same_build(mine, true)
+        and contradiction(mine.text, true.text) is None
+    )
+
+
+def _reworded(mine: _Sentence, true: _Sentence) -> str | None:
+    """The truth's content in the student's frame, or None where the two do not fit together.
+
+    They do with one run of content each; with several where each stands between the same words, so
+    that "a CT image of the pelvis" never becomes "a pelvis image of the CT".
+    """
+    if not mine.runs or len(mine.runs) != len(true.runs) or not _same_build(mine, true):
+        return None
+    pairs = list(zip(mine.runs, true.runs, strict=True))
+    if len(pairs) > 1 and any((m.before, m.after) != (t.before, t.after) for m, t in pairs):
+        return None
+    out, end = [], 0
+    for old, new in pairs:
+        gap = mine.text[end : old.start]
+        run = true.run_text(new)
+        if old.before == "a":
+            gap = re.sub(r"\b([Aa])n?\s+$", r"\1n " if run[0] in "aeiou" else r"\1 ", gap)
+        out += [gap, _cased(run, old.start == 0, new.start == 0)]
+        end = old.end
+    return "".join([*out, mine.text[end:]])
+
+
+def _cased(run: str, starts: bool, started: bool) -> str:
+    """Capital or small first letter, as its new place in the sentence asks; CT stays CT."""
+    if starts:
+        return run[0].upper() + run[1:]
+    first = run.split()[0]
+    if started and first[1:].islower():
+        return run[0].lower() + run[1:]
+    return run
+
+
+def _shared_frame(mine: _Sentence, true: _Sentence) -> float:
+    """How much of the wording two sentences share, 0…1."""
+    first, second = ({t for t in s.tokens if not _is_content(t)} for s in (mine, true))
+    return len(first & second) / max(1, len(first | second))
