@@ -21,6 +21,7 @@ namespace clinkd {
 namespace {
 
 constexpr int kMaxPairs = 128;
+constexpr int kFewAxes = 3;
 // under so many components a second thread costs more than it saves
 constexpr int64_t kComponentsPerThread = 16384;
 // outputs of this size do not stay in a core's own caches, so reading them for a write is a loss
@@ -34,21 +35,39 @@ struct Factors {
 
 // Cosine and sine of every pair, the sine with the sign of the direction. Where the components of a
 // pair are neighbours they are laid out for `x * cos + swapped(x) * sin`: twice each, first -sin.
-CLINKD_INLINE void angles(const RotaryArgs& a, const float* positions, Factors& f) {
-  alignas(64) float position[kMaxPairs], cos[kMaxPairs], sin[kMaxPairs];
+CLINKD_INLINE void angles(const RotaryArgs& a, const float* positions, int axes, Factors& f) {
+  alignas(64) float cos[kMaxPairs], sin[kMaxPairs];
   const float sign = a.inverse ? -1.0f : 1.0f;
-  for (int i = 0; i < a.pairs; ++i) position[i] = positions[a.axis[i] * a.positions_stride[0]];
   float* c = a.pair_stride == 1 ? cos : f.cos;
   float* s = a.pair_stride == 1 ? sin : f.sin;
+  if (axes <= kFewAxes) {  // choosing among a few is cheaper than gathering
+    float place[kFewAxes];
+    for (int k = 0; k < kFewAxes; ++k) place[k] = positions[k < axes ? k * a.positions_stride[0] : 0];
 #pragma omp simd
-  for (int i = 0; i < a.pairs; ++i) {
-    float pair_cos, pair_sin;
-    cos_sin(position[i], a.hi[i], a.lo[i], pair_cos, pair_sin);
-    c[i] = pair_cos;
-    s[i] = pair_sin * sign;
+    for (int i = 0; i < a.pairs; ++i) {
+      const int32_t axis = a.axis[i];
+      const float position = axis == 0 ? place[0] : axis == 1 ? place[1] : place[2];
+      float pair_cos, pair_sin;
+      cos_sin(position, a.hi[i], a.lo[i], pair_cos, pair_sin);
+      c[i] = pair_cos;
+      s[i] = pair_sin * sign;
+    }
+  } else {
+    for (int i = 0; i < a.pairs; ++i) {
+      cos_sin(positions[a.axis[i] * a.positions_stride[0]], a.hi[i], a.lo[i], c[i], s[i]);
+      s[i] *= sign;
+    }
   }
   if (a.pair_stride != 1) return;
-  for (int i = 0; i < a.pairs; ++i) {
+  int i = 0;
+  for (; i + 16 <= a.pairs; i += 16) {
+    const Floats<16> pair_cos = load<16>(cos + i), pair_sin = load<16>(sin + i);
+    store<16>(f.cos + 2 * i, interleave_low(pair_cos, pair_cos));
+    store<16>(f.cos + 2 * i + 16, interleave_high(pair_cos, pair_cos));
+    store<16>(f.sin + 2 * i, interleave_low(-pair_sin, pair_sin));
+    store<16>(f.sin + 2 * i + 16, interleave_high(-pair_sin, pair_sin));
+  }
+  for (; i < a.pairs; ++i) {
     f.cos[2 * i] = f.cos[2 * i + 1] = cos[i];
     f.sin[2 * i] = -sin[i];
     f.sin[2 * i + 1] = sin[i];
@@ -118,9 +137,11 @@ CLINKD_INLINE void turn_tokens(const RotaryArgs& a, int64_t begin, int64_t end) 
   alignas(64) T buffer[2 * kMaxPairs];
   const bool stream = can_stream<T>(a);
   const int64_t rest = a.head_dim - 2 * a.pairs;
+  const int axes = *std::max_element(a.axis, a.axis + a.pairs) + 1;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / a.tokens, s = token % a.tokens;
-    angles(a, a.positions + b * a.positions_stride[1] + s * a.positions_stride[2], factors);
+    angles(a, a.positions + b * a.positions_stride[1] + s * a.positions_stride[2], axes,
+           factors);
     const T* x = static_cast<const T*>(a.x) + b * a.x_stride[0] + s * a.x_stride[1];
     T* out = static_cast<T*>(a.out) + b * a.out_stride[0] + s * a.out_stride[1];
     for (int64_t h = 0; h < a.heads; ++h) {

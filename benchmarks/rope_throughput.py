@@ -1,0 +1,272 @@
+"""Speed of `rotary` and `rotary_attention` beside what people use now, on whatever machine.
+
+    python -m benchmarks.rope_throughput [--lengths 256,1024] [--output folder]
+
+Every result is checked before it is timed. Contenders run in turn, round after round, and the
+median of the rounds counts, so that a busy machine slows all of them alike. Prints one JSON object
+a line, then a table; with `--output` also writes rope_throughput.jsonl and rope_throughput.png.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clinkd.ops import rotary, rotary_attention
+from clinkd.ops.reference.rotary import angles
+from clinkd.ops.reference.rotary import rotary as reference_rotary
+from clinkd.rotary import RotarySpec
+
+SHAPES = {"Qwen2-VL-2B": (12, 2, 128), "Qwen2-VL-7B": (28, 4, 128)}  # query heads, key heads, D
+Step = Callable[[], Any]
+
+
+def bytes_moved(tokens: int, heads: int, head_dim: int, element_size: int) -> int:
+    """Least traffic of a rotation: the tensor in and out."""
+    return 2 * tokens * heads * head_dim * element_size
+
+
+def attention_flops(length: int, heads: int, head_dim: int, backward: bool) -> float:
+    """Causal attention, 2 products forward and 5 backward, 2 operations each, half of the square."""
+    return (4 + 10 * backward) * heads * head_dim * length**2 / 2
+
+
+def eager_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As transformers' models do it: [B, H, S, D] with tables [B, S, D]."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
+
+    found: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, cos, sin)
+    return found
+
+
+def eager_tables(positions: Tensor, spec: RotarySpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cos, sin = angles(positions, spec, torch.float32)
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([sin, sin], -1).to(dtype)
+
+
+def time_in_turn(
+    contenders: dict[str, Step], device: torch.device, seconds: float
+) -> dict[str, float]:
+    """Median milliseconds of each; at least 5 rounds, at most `seconds` in all."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for step in contenders.values():  # compile, fill caches
+        step()
+        step()
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 5 or (rounds < 200 and time.perf_counter() < deadline):
+        for name, step in contenders.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - begin) * 1e3)
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def check(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """A wrong result is not timed."""
+    allowed = (1e-4 if dtype == torch.float32 else 4e-2) * max(1.0, expected.abs().max().item())
+    error = (found.double() - expected.double()).abs().max().item()
+    if not error <= allowed:
+        raise SystemExit(f"{name}: off by {error:.3g}, allowed {allowed:.3g}; not timed")
+
+
+def peak_mib(step: Step, device: torch.device) -> float | None:
+    """Most memory that one step adds; on the CPU it is not measured."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def bench_rotary(
+    length: int, shape: str, dtype: torch.dtype, device: torch.device, seconds: float
+) -> list[dict[str, Any]]:
+    """Queries and keys of one layer, forward."""
+    Hq, Hkv, D = SHAPES[shape]
+    heads = Hq + Hkv
+    spec = RotarySpec.mrope(D)
+    x = torch.randn(1, length, heads, D, device=device).to(dtype)
+    positions = torch.arange(length, device=device).float().expand(3, 1, -1).contiguous()
+    heads_first = x.transpose(1, 2)
+    cos, sin = eager_tables(positions, spec, dtype)
+    out = torch.empty_like(x)
+
+    def eager() -> Tensor:
+        return eager_rotary(heads_first[:, :Hq], heads_first[:, Hq:], cos, sin)[0]
+
+    compiled = torch.compile(eager_rotary)
+    contenders: dict[str, Step] = {
+        "clinkd": lambda: rotary(x, positions, spec),
+        "clinkd in place": lambda: rotary(out, positions, spec, inplace=True),
+        "transformers eager": eager,
+        "torch.compile": lambda: compiled(heads_first[:, :Hq], heads_first[:, Hq:], cos, sin)[0],
+        "copy": lambda: x.clone(),
+    }
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+        contenders["Liger"] = lambda: liger_rotary_pos_emb(
+            heads_first[:, :Hq].clone(), heads_first[:, Hq:].clone(), cos, sin
+        )
+    expected = reference_rotary(x.double(), positions, spec)
+    check("clinkd", contenders["clinkd"](), expected, dtype)
+    for name in ("transformers eager", "torch.compile"):
+        check(name, contenders[name]().transpose(1, 2), expected[:, :, :Hq], dtype)
+    times = time_in_turn(contenders, device, seconds)
+    moved = bytes_moved(length, heads, D, x.element_size())
+    return [
+        {
+            "op": "rotary",
+            "name": name,
+            "ms": round(ms, 4),
+            "gb_per_s": round(moved / ms / 1e6, 2),
+            "share_of_copy": round(times["copy"] / ms, 3),
+            "tokens_per_s": round(length / ms * 1e3),
+            "peak_mib": peak_mib(contenders[name], device),
+        }
+        for name, ms in times.items()
+    ]
+
+
+def bench_attention(
+    length: int, shape: str, dtype: torch.dtype, device: torch.device, seconds: float
+) -> list[dict[str, Any]]:
+    """One layer's attention, forward and backward."""
+    Hq, Hkv, D = SHAPES[shape]
+    spec = RotarySpec.mrope(D)
+    positions = torch.arange(length, device=device).float().expand(3, 1, -1).contiguous()
+    cos, sin = eager_tables(positions, spec, dtype)
+    leaves = [
+        torch.randn(1, length, h, D, device=device).to(dtype).requires_grad_()
+        for h in (Hq, Hkv, Hkv)
+    ]
+    q, k, v = leaves
+    grad = torch.randn_like(q)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=Hq != Hkv)
+
+    def eager() -> Tensor:
+        a, b = eager_rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return sdpa(a, b, v.transpose(1, 2)).transpose(1, 2)
+
+    def separate() -> Tensor:
+        a, b = rotary(q, positions, spec), rotary(k, positions, spec)
+        return sdpa(a.transpose(1, 2), b.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+    forwards: dict[str, Callable[[], Tensor]] = {
+        "clinkd": lambda: rotary_attention(q, k, v, positions, spec),  # type: ignore[dict-item, return-value]
+        "rotary + SDPA": separate,
+        "eager rotary + SDPA": eager,
+        "torch.compile of it": torch.compile(eager),
+        "SDPA without rotary": lambda: sdpa(*(t.transpose(1, 2) for t in leaves)).transpose(1, 2),
+    }
+    expected = eager().detach()
+    for name, forward in forwards.items():
+        if name != "SDPA without rotary":
+            check(name, forward().detach(), expected, dtype)
+
+    def both(forward: Callable[[], Tensor]) -> Step:
+        return lambda: torch.autograd.grad(forward(), leaves, grad)
+
+    contenders = {name: both(forward) for name, forward in forwards.items()}
+    times = time_in_turn(contenders, device, seconds)
+    flops = attention_flops(length, Hq, D, backward=True)
+    return [
+        {
+            "op": "rotary_attention",
+            "name": name,
+            "ms": round(ms, 4),
+            "tflop_per_s": round(flops / ms / 1e9, 4),
+            "share_without_rotary": round(times["SDPA without rotary"] / ms, 3),
+            "tokens_per_s": round(length / ms * 1e3),
+            "peak_mib": peak_mib(contenders[name], device),
+        }
+        for name, ms in times.items()
+    ]
+
+
+def draw(rows: list[dict[str, Any]], target: Path) -> None:
+    """Milliseconds over length, one panel an op."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ops = sorted({row["op"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(ops), figsize=(6 * len(ops), 4), squeeze=False)
+    for axis, op in zip(axes[0], ops, strict=True):
+        for name in dict.fromkeys(row["name"] for row in rows if row["op"] == op):
+            points = [(r["length"], r["ms"]) for r in rows if (r["op"], r["name"]) == (op, name)]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(title=op, xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    cuda = torch.cuda.is_available()
+    default = "512,1024,2048,4096,8192,16384,32768" if cuda else "256,512,1024,2048"
+    parser.add_argument("--lengths", default=default, help="tokens, separated by commas")
+    parser.add_argument("--shape", default="Qwen2-VL-2B", choices=SHAPES)
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--ops", default="rotary,attention")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each length and op")
+    parser.add_argument("--output", type=Path, help="folder for the lines and the plot")
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    machine = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "shape": args.shape,
+        "torch": torch.__version__,
+    }
+    benches = {"rotary": bench_rotary, "attention": bench_attention}
+    rows = []
+    for op in args.ops.split(","):
+        for length in map(int, args.lengths.split(",")):
+            for row in benches[op](length, args.shape, dtype, device, args.seconds):
+                rows.append({"length": length, **row, **machine})
+                print(json.dumps(rows[-1]))
+    sys.stdout.flush()
+    print(f"\n{'op':18}{'tokens':>7}  {'who':22}{'ms':>10}{'x clinkd':>10}")
+    for row in rows:
+        ours = next(
+            r["ms"]
+            for r in rows
+            if (r["op"], r["length"], r["name"]) == (row["op"], row["length"], "clinkd")
+        )
+        print(
+            f"{row['op']:18}{row['length']:>7}  {row['name']:22}{row['ms']:>10.3f}"
+            f"{row['ms'] / ours:>10.2f}"
+        )
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (args.output / "rope_throughput.jsonl").write_text(lines)
+        draw(rows, args.output / "rope_throughput.png")
+
+
+if __name__ == "__main__":
+    main()
