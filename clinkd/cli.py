@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from clinkd._version import __version__
+from clinkd.commands.ask import ask
 from clinkd.commands.data import app as data_app
+from clinkd.commands.evaluate import compare, metrics_app
 from clinkd.errors import ClinkdError, ConfigError
 
 app = typer.Typer(
@@ -173,6 +175,9 @@ def doctor() -> None:
         typer.echo(line)
 
 
+app.command()(ask)
+app.command()(compare)
+app.add_typer(metrics_app, name="metrics")
 app.add_typer(data_app, name="data")
 recipes_app = typer.Typer(help="The configs that come with clinkd.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")

@@ -1,18 +1,15 @@
 """Prediction files: ours and BiRD's, malformed lines counted and listed."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from clinkd.data.formats import guess_task
-from clinkd.data.records import TASKS, Record
+from clinkd.data.records import TASKS, Record, scan_lines
 from clinkd.errors import DataError
 
 _TEXTS = ("annotation", "response")
-MAX_LINE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -46,15 +43,11 @@ def read_predictions(
     truth = {record.id: record for record in reference or ()}
     found = Predictions()
     seen: set[str] = set()
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, value in scan_lines(path):
         try:
-            row = _row(line, truth if reference is not None else None, task)
+            if isinstance(value, DataError):
+                raise value
+            row = _row(value, truth if reference is not None else None, task)
             if row["id"] in seen:
                 raise DataError(f"duplicate id {row['id']!r}")
         except DataError as error:
@@ -71,13 +64,7 @@ def read_predictions(
     return found
 
 
-def _row(line: str, truth: Mapping[str, Record] | None, task: str | None) -> dict[str, Any]:
-    if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"longer than {MAX_LINE_BYTES} bytes")
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"not valid JSON (cut in half?): {error}") from None
+def _row(row: Any, truth: Mapping[str, Record] | None, task: str | None) -> dict[str, Any]:
     if not isinstance(row, dict) or "id" not in row:
         raise DataError("must be an object with an 'id'")
     row["id"] = str(row["id"])
