@@ -44,6 +44,10 @@ class Corrector(Protocol):
         """A reply for each case, in their order."""
         ...
 
+    def summary(self) -> str:
+        """What the work took, in a few words; empty where it cost nothing."""
+        ...
+
 
 def make_corrector(
     settings: CorrectorSettings,

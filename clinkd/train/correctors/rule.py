@@ -44,6 +44,9 @@ class RuleCorrector:
                 progress(number, len(cases), "correcting")
         return out
 
+    def summary(self) -> str:
+        return ""
+
 
 def rewrite(answer: str, truth: str) -> str:
     """The truth, sentence by sentence, in the answer's words where those can carry it."""
