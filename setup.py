@@ -66,19 +66,18 @@ class BuildKernels(build_ext):
             codes = archs.split(";")
             gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in codes]
             gencode.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")
-            jobs += [
-                [nvcc, "-c", str(s), "-o", str(build / f"{s.name}.o"), "-O3", "-std=c++17", "-Icsrc"]
-                + ["-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode]
-                for s in cuda_sources
-            ]
-        jobs += [
-            [*command, *(f"-I{i}" for i in includes), *defines]
-            + ["-c", str(s), "-o", str(build / f"{s.name}.o")]
-            for s in sources
-        ]
+            command_cuda = [nvcc, "-O3", "-std=c++17", "-Icsrc", *gencode]
+            command_cuda += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            jobs += [(command_cuda, source) for source in cuda_sources]
+        command += [*(f"-I{include}" for include in includes), *defines]
+        jobs += [(command, source) for source in sources]
+        objects = [str(build / f"{source.name}.o") for _, source in jobs]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            list(pool.map(self._compile, jobs))
-        objects = [job[job.index("-o") + 1] for job in jobs]
+            commands = (
+                [*start, "-c", str(source), "-o", target]
+                for (start, source), target in zip(jobs, objects, strict=True)
+            )
+            list(pool.map(self._compile, commands))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX", "g++")
@@ -99,7 +98,7 @@ def static_runtime(toolkit: Path) -> Path:
         library = toolkit / place / "libcudart_static.a"
         if library.exists():
             return library
-    raise SystemExit(f"clinkd: {toolkit} has no libcudart_static.a; set CLINKD_CUDA=0 to go without")
+    raise SystemExit(f"clinkd: no libcudart_static.a in {toolkit}; CLINKD_CUDA=0 goes without")
 
 
 packages = ["clinkd"]

@@ -68,14 +68,15 @@ def _devices() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         gib = properties.total_memory / 2**30
-        yield f"cuda:{index} {properties.name}, sm_{properties.major}{properties.minor}, {gib:.0f} GiB"
+        capability = f"sm_{properties.major}{properties.minor}"
+        yield f"cuda:{index} {properties.name}, {capability}, {gib:.0f} GiB"
 
 
 def _extension() -> Iterator[str]:
     if find_spec("clinkd._C") is None:
         yield "clinkd._C: not built (run from a source tree?); pip install . builds it"
         return
-    from clinkd import _C
+    _C = import_module("clinkd._C")
 
     cuda = f"CUDA kernels for sm_{_C.cuda_archs}" if _C.with_cuda else "without CUDA kernels"
     yield f"clinkd._C: built by g++ {_C.compiler}, {cuda}"

@@ -94,8 +94,9 @@ def test_killed_and_resumed_ends_bit_identical(tmp_path, records, processor, who
             raise Killed
 
     teacher = make_model(processor, 1)
+    student = make_model(processor)
     with pytest.raises(Killed):
-        train(make_job(tmp_path, records, kill), make_model(processor), processor, SETTINGS, teacher)
+        train(make_job(tmp_path, records, kill), student, processor, SETTINGS, teacher)
     model = make_model(processor)
     train(make_job(tmp_path, records), model, processor, SETTINGS, make_model(processor, 1))
     assert_same(weights(model), whole[0])
@@ -113,12 +114,14 @@ def test_killed_during_a_save(tmp_path, records, processor, whole, monkeypatch):
             raise Killed
         return real(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    student, teacher = make_model(processor), make_model(processor, 1)
+    with monkeypatch.context() as patch:
         patch.setattr(trainer.os, "replace", replace)
-        teacher = make_model(processor, 1)
-        train(make_job(tmp_path, records), make_model(processor), processor, SETTINGS, teacher)
+        with pytest.raises(Killed):
+            train(make_job(tmp_path, records), student, processor, SETTINGS, teacher)
     assert calls
-    assert [p.name for p in (tmp_path / "a" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    found = (tmp_path / "a" / "checkpoints").glob("checkpoint-*")
+    assert [path.name for path in found] == ["checkpoint-2"]
     model = make_model(processor)
     train(make_job(tmp_path, records), model, processor, SETTINGS, make_model(processor, 1))
     assert_same(weights(model), whole[0])
@@ -131,9 +134,9 @@ def test_signal_saves_and_stops(tmp_path, records, processor, whole, number):
         if step == 3:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(Preempted, match="step [34]") as error:
-        teacher = make_model(processor, 1)
-        train(make_job(tmp_path, records, send), make_model(processor), processor, SETTINGS, teacher)
+    student, teacher = make_model(processor), make_model(processor, 1)
+    with pytest.raises(Preempted, match=r"step [34]") as error:
+        train(make_job(tmp_path, records, send), student, processor, SETTINGS, teacher)
     assert error.value.exit_code == 75
     model = make_model(processor)
     train(make_job(tmp_path, records), model, processor, SETTINGS, make_model(processor, 1))
@@ -150,9 +153,9 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, records, processor, monkey
         real(folder)
 
     monkeypatch.setattr(trainer, "_sync_files", full)
-    with pytest.raises(SetupError, match="No space left.*the one before it is whole"):
-        teacher = make_model(processor, 1)
-        train(make_job(tmp_path, records), make_model(processor), processor, SETTINGS, teacher)
+    student, teacher = make_model(processor), make_model(processor, 1)
+    with pytest.raises(SetupError, match=r"No space left.*the one before it is whole"):
+        train(make_job(tmp_path, records), student, processor, SETTINGS, teacher)
     assert (tmp_path / "a" / "checkpoints" / "checkpoint-2" / "model.safetensors").exists()
 
 
@@ -187,8 +190,9 @@ def test_nan_stops_the_run(tmp_path, records, processor):
 
 
 def test_too_long_a_record_is_named(tmp_path, records, processor):
-    with pytest.raises(DataError, match="record '.*' has .* tokens, over max_length 8"):
-        train(make_job(tmp_path, records), make_model(processor), processor, TrainConfig(max_length=8))
+    job, settings = make_job(tmp_path, records), TrainConfig(max_length=8)
+    with pytest.raises(DataError, match=r"record '.*' has .* tokens, over max_length 8"):
+        train(job, make_model(processor), processor, settings)
 
 
 def test_forward_equals_transformers_own_loss(records, processor):
