@@ -100,7 +100,9 @@ def _chunk_rows(workspace: int | str, student_weight: Tensor, teacher_weight: Te
     if workspace == "auto":
         return max(LEAST_ROWS, WORKSPACE_BYTES // (4 * columns))
     if not isinstance(workspace, int) or workspace <= 0:
-        raise ValueError(f"workspace must be a number of bytes above 0 or 'auto', got {workspace!r}")
+        raise ValueError(
+            f"workspace must be a number of bytes above 0 or 'auto', got {workspace!r}"
+        )
     return max(1, workspace // (4 * columns))
 
 

@@ -30,8 +30,8 @@ def kd_loss_rows(
         skew_kl     KL(p || skew p + (1 - skew) q)            (Ko et al. 2024, arXiv:2402.03898)
 
     T^2 keeps gradients of one size as T varies (Hinton et al. 2015, arXiv:1503.02531, section 2).
-    Where the vocabularies differ, D compares their common prefix, both renormalised over it; CE sees
-    all of the student's.
+    Where the vocabularies differ, D compares their common prefix, both renormalised over it; CE
+    sees all of the student's.
 
     Shapes:
         N: tokens; Vs, Vt: vocabularies.
