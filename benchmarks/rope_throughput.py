@@ -37,7 +37,7 @@ def bytes_moved(tokens: int, heads: int, head_dim: int, element_size: int) -> in
 
 
 def attention_flops(length: int, heads: int, head_dim: int, backward: bool) -> float:
-    """Causal attention, 2 products forward and 5 backward, 2 operations each, half of the square."""
+    """Causal: 2 products forward and 5 backward, 2 operations each, over half of the square."""
     return (4 + 10 * backward) * heads * head_dim * length**2 / 2
 
 
@@ -236,7 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     machine = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "dtype": args.dtype,
         "shape": args.shape,

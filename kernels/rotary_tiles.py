@@ -237,7 +237,9 @@ def keys_blocks(head_dim: int, element_size: int) -> Blocks:
         return Blocks(32, 32, 8, 1) if head_dim <= 128 else Blocks(16, 16, 8, 1)
     if head_dim <= 64:
         return Blocks(64, 32, 4, 2)
-    return Blocks(32, 32, 4, 2) if head_dim <= 128 else Blocks(32, 16, 8, 1)
+    if head_dim < 128:
+        return Blocks(64, 32, 8, 2)
+    return Blocks(32, 32, 4, 2) if head_dim == 128 else Blocks(32, 16, 8, 1)
 
 
 def queries_blocks(head_dim: int, element_size: int) -> Blocks:

@@ -79,7 +79,9 @@ def test_mrope_with_a_video_equals_transformers(stock):
     }
     with torch.no_grad():
         expected = stock(**inputs).logits
-        close(models.apply(copy.deepcopy(stock), PositionConfig("mrope"))(**inputs).logits, expected)
+        close(
+            models.apply(copy.deepcopy(stock), PositionConfig("mrope"))(**inputs).logits, expected
+        )
     with pytest.raises(ConfigError, match="have no rule for videos"):
         models.apply(stock, PositionConfig("warm"))(**inputs)
 
@@ -104,7 +106,9 @@ def test_presets_differ_where_there_is_an_image(build_model, make_single):
             for preset in PRESETS
         ]
         logits.append(
-            models.apply(build_model("qwen2_vl"), PositionConfig("warm", (1.0, 1.0)))(**inputs).logits
+            models.apply(build_model("qwen2_vl"), PositionConfig("warm", (1.0, 1.0)))(
+                **inputs
+            ).logits
         )
     for i, a in enumerate(logits):
         for b in logits[:i]:
