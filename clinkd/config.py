@@ -61,7 +61,9 @@ class ModelConfig(Section):
     student: str = Field(DEMO, description="hub name or folder of a Qwen-VL checkpoint, or 'demo'")
     teacher: str | None = Field(None, description="the same; default: the student's start")
     positions: PositionsConfig = PositionsConfig()
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the arithmetic on a GPU; weights in training stay float32"
+    )
     freeze_vision: bool = Field(False, description="leave the vision tower as it is")
     min_pixels: PositiveInt = Field(56 * 56, description="smaller images are enlarged")
     max_pixels: PositiveInt = Field(768 * 768, description="larger images are shrunk")
@@ -80,7 +82,6 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     save_steps: PositiveInt = Field(200, description="optimiser steps between checkpoints")
     log_steps: PositiveInt = Field(10, description="optimiser steps between log lines")
-    deepspeed: str | None = Field(None, description="DeepSpeed JSON file, see configs/deepspeed/")
 
 
 class DistillConfig(TrainConfig):

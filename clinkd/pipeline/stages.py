@@ -84,7 +84,7 @@ def teacher(folder: RunFolder, progress: Update) -> str:
     """Fine-tune a copy of the start on the teacher's share of the training split."""
     records = read_records(folder.data("teacher"))
     start = folder.config.model.teacher or _start(folder)
-    model, processor = _load(folder.config, start)
+    model, processor = _load(folder.config, start, training=True)
     loss = _train(folder, "teacher", model, processor, records, folder.config.teacher, progress)
     return f"{len(records)} records, loss {loss:.3f}"
 
@@ -117,7 +117,7 @@ def distill(folder: RunFolder, progress: Update) -> str:
     soft = config.pseudo_labels != "hard"
     if config.pseudo_labels != "soft":
         records += _hard_labels(folder, records, config.min_confidence)
-    student, processor = _load(folder.config, _start(folder))
+    student, processor = _load(folder.config, _start(folder), training=True)
     teacher_model = _load(folder.config, str(folder.teacher))[0] if soft else None
     output = folder.student("distilled")
     loss = _train(
@@ -169,7 +169,7 @@ def _round(
     config: CorrectConfig = folder.config.correct
     place = folder.correction(round_)
     records = read_records(folder.data("train"))
-    model, processor = _load(folder.config, start)
+    model, processor = _load(folder.config, start, training=True)
     if not (place / "data.jsonl").exists():
         asked = limit_records(records, config.records_limit, folder.config.seed + round_)
         rows = _answer(folder, model, processor, asked, place / "answers.jsonl", progress)
@@ -283,9 +283,13 @@ def _positions(config: RunConfig) -> PositionConfig:
     )
 
 
-def _load(config: RunConfig, path: str) -> tuple[PreTrainedModel, Any]:
-    """A model with its positions applied, and its processor with the configured image sizes."""
-    dtype = getattr(torch, config.model.dtype)
+def _load(config: RunConfig, path: str, *, training: bool = False) -> tuple[PreTrainedModel, Any]:
+    """A model with its positions applied, and its processor with the configured image sizes.
+
+    For training the weights are float32 whatever the arithmetic: bfloat16 would round most steps of
+    a small learning rate away.
+    """
+    dtype = torch.float32 if training else getattr(torch, config.model.dtype)
     model = models.load(path, positions=_positions(config), dtype=dtype)
     processor = AutoProcessor.from_pretrained(
         path,
@@ -317,6 +321,7 @@ def _train(
         data_root=data_root(folder.config.data),
         seed=folder.config.seed,
         progress=progress,
+        bfloat16=folder.config.model.dtype == "bfloat16",
     )
     return train(job, model, processor, settings, teacher_model)
 

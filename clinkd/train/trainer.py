@@ -46,6 +46,7 @@ class Job:
         stage: name in metrics.jsonl.
         output: folder of the finished model; checkpoints lie in `checkpoints/` beside its files.
         log: the run's metrics.jsonl.
+        bfloat16: arithmetic on a GPU in bfloat16 (autocast); weights stay float32.
     """
 
     stage: str
@@ -55,6 +56,7 @@ class Job:
     data_root: Path
     seed: int
     progress: Progress | None = None
+    bfloat16: bool = False
 
 
 def train(
@@ -145,8 +147,7 @@ def _arguments(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch",
-        bf16=settings.deepspeed is not None and torch.cuda.is_available(),
-        deepspeed=settings.deepspeed,
+        bf16=job.bfloat16 and torch.cuda.is_available(),
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=2,
