@@ -1,0 +1,86 @@
+"""What a run refuses before any work starts."""
+
+import io
+import json
+import shutil
+
+import pytest
+
+from clinkd.config import check
+from clinkd.errors import ConfigError, DataError, SetupError
+from clinkd.pipeline import runner
+from clinkd.pipeline.paths import SAMPLE_FOLDER
+from clinkd.progress import Console
+
+
+def run(tmp_path, *, first="prepare", last="report", **data):
+    config = check({"output": str(tmp_path / "run"), "data": data})
+    return runner.run(config, Console(io.StringIO()), first=first, last=last)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"first": "prepar"}, "unknown stage 'prepar'; expected one of prepare, teacher"),
+        ({"first": "report", "last": "teacher"}, "stage 'report' comes after 'teacher'"),
+    ],
+)
+def test_stages(tmp_path, stages, message):
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, **stages)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data(tmp_path):
+    with pytest.raises(DataError, match=r"data.train: .*none.jsonl does not exist"):
+        run(tmp_path, train=str(tmp_path / "none.jsonl"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "free_bytes", lambda path: 1 << 20)
+    with pytest.raises(SetupError, match="less than 200 MiB of disk space left"):
+        run(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda row: row.update(image="../outside.png"), "lies outside the data root"),
+        (lambda row: row.update(image="images/none.png"), "does not exist"),
+        (lambda row: row.update(task="XX"), "unknown task 'XX'"),
+        (lambda row: row.update(boxes=[[500, 0, 100, 100]]), "reversed"),
+        (lambda row: row.update(boxes=[[0, 0, 100, 1200]]), "outside the image"),
+        (lambda row: row.update(group="shared"), "shared"),
+    ],
+)
+def test_unsound_data_stops_the_first_stage(tmp_path, spoil, message):
+    """The line is named, the run folder stays usable, inputs are left as they are."""
+    rows = {}
+    for split in ("train", "test"):
+        lines = (SAMPLE_FOLDER / f"{split}.jsonl").read_text().splitlines()[:3]
+        rows[split] = [json.loads(line) for line in lines]
+    outside = tmp_path.parent / "outside.png"
+    shutil.copy(SAMPLE_FOLDER / rows["test"][0]["image"], outside)
+    (tmp_path / "images").mkdir()
+    for row in rows["train"] + rows["test"]:
+        shutil.copy(SAMPLE_FOLDER / row["image"], tmp_path / row["image"])
+    spoil(rows["train"][1])
+    if message == "shared":
+        rows["test"][0]["group"] = "shared"
+    for split, found in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in found)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    before = (tmp_path / "train.jsonl").read_bytes()
+    with pytest.raises(DataError, match=message):
+        run(
+            tmp_path,
+            train=str(tmp_path / "train.jsonl"),
+            test=str(tmp_path / "test.jsonl"),
+            last="prepare",
+        )
+    assert (tmp_path / "train.jsonl").read_bytes() == before
+    book = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert book["stages"]["prepare"]["status"] == "running"
+    assert message.split()[0] in book["stages"]["prepare"]["summary"]
