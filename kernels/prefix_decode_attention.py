@@ -172,10 +172,10 @@ def tile(rows: int, element_size: int) -> dict[str, Any]:
         # float32 as three TF32 products on tensor cores: its own FMAs spill thousands of registers;
         # more than 32 rows are cut, and read the keys more than once
         block_r = min(32, max(16, triton.next_power_of_2(rows)))
-        return dict(BLOCK_R=block_r, BLOCK_N=32, PRECISION="tf32x3", num_warps=8, num_stages=2)
+        return dict(BLOCK_R=block_r, BLOCK_N=16, PRECISION="tf32x3", num_warps=8, num_stages=2)
     block_r = min(128, max(16, triton.next_power_of_2(rows)))
-    if block_r == 128:
-        return dict(BLOCK_R=128, BLOCK_N=32, PRECISION="tf32", num_warps=8, num_stages=3)
+    if block_r >= 64:
+        return dict(BLOCK_R=block_r, BLOCK_N=32, PRECISION="tf32", num_warps=8, num_stages=3)
     return dict(BLOCK_R=block_r, BLOCK_N=64, PRECISION="tf32", num_warps=4, num_stages=3)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that a change must pass: format, lint, types, tests, and a wheel that works in an environment of
-# its own. Installs what it needs, Debian's packages too (as root, or through sudo).
+# All that a change must pass: format, lint, types, kernel budgets, tests, and a wheel that works in an
+# environment of its own. Installs what it needs, Debian's packages too (as root, or through sudo).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,6 +24,9 @@ say "format, lint, types"
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
+
+say "kernel budgets"
+.venv/bin/python -m benchmarks.static
 
 say "a wheel in an environment of its own, and the quick demo from it"
 fresh=$(mktemp -d)
