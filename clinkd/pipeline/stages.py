@@ -145,17 +145,21 @@ def correct(folder: RunFolder, progress: Update) -> str:
     if config.rounds == 0:
         return "left out (correct.rounds = 0)"
     similarity = make_similarity(config.similarity)
-    corrector = make_corrector(config.corrector)
+    corrector = make_corrector(
+        config.corrector,
+        cache=folder.path / "replies.jsonl",  # no stage's own: a new try pays nothing twice
+        data_root=data_root(folder.config.data),
+    )
     current = str(folder.student("distilled"))
     for round_ in range(1, config.rounds + 1):
         output = folder.student(f"round-{round_}")
         if not (output / "config.json").exists():
             _round(folder, round_, current, corrector, similarity, progress)
         current = str(output)
-    done = ", ".join(
+    done = [
         f"round {k}: {_count_corrections(folder, k)} corrected" for k in range(1, config.rounds + 1)
-    )
-    return done
+    ]
+    return ", ".join([*done, *filter(None, [corrector.summary()])])
 
 
 def _round(
@@ -181,6 +185,7 @@ def _round(
             threshold=config.threshold,
             iou_threshold=config.iou_threshold,
             policy=config.policy,
+            progress=progress,
         )
         write_round(place, records, corrections)
     _train(
