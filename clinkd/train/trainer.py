@@ -152,7 +152,7 @@ def _arguments(
         save_steps=settings.save_steps,
         save_total_limit=2,
         logging_strategy="steps",
-        logging_steps=settings.log_steps,
+        logging_steps=min(settings.log_steps, steps),  # a short stage is logged as well
         logging_nan_inf_filter=False,  # a NaN must be seen, not smoothed over
         average_tokens_across_devices=True,
         remove_unused_columns=False,
