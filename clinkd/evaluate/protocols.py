@@ -52,7 +52,7 @@ DIFFERENCES = (
     "bird and clinkd: a box is a hit at IoU above 0.5, and one predicted box may serve several "
     "targets; strict: at 0.5 and above, one to one (Hungarian matching).",
     "bird and clinkd: ROC is a hit where every word of the truth is a substring of the answer, so "
-    "that 'right lung and left kidney' answers 'left lung'; strict: the words themselves.",
+    "that 'cleft' holds 'left'; strict: whole words, still anywhere in the answer.",
     "bird: means over eight modalities, missing ones count 0; clinkd: over those present; strict: "
     "over records.",
     "bird and clinkd: of an answer of several lines only the text between the first two newlines "

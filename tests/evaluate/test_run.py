@@ -5,8 +5,10 @@ import json
 import pytest
 
 from clinkd.data.records import record_from_json
+from clinkd.errors import SetupError
 from clinkd.evaluate.baselines import mean_box_rows, most_frequent_rows
 from clinkd.evaluate.run import evaluate_run, meteor_metric, verdicts
+from clinkd.evaluate.text.scene_graph import wordnet_folder
 
 
 def record(identity, task, answer, *box):
@@ -102,3 +104,9 @@ def test_meteor_choice():
     assert meteor_metric("jar") == "meteor"
     with pytest.raises(ValueError, match="meteor must be auto, jar or python"):
         meteor_metric("java")
+
+
+def test_a_wrong_wordnet_folder_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLINKD_WORDNET", str(tmp_path))
+    with pytest.raises(SetupError, match=r"CLINKD_WORDNET=.*there is no index.noun"):
+        wordnet_folder()

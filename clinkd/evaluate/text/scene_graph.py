@@ -100,7 +100,10 @@ def _f1(a: Tuples, b: Tuples) -> float:
 
 def wordnet_folder() -> Path | None:
     """Where WordNet's noun index lies (Debian: wordnet-base), or None."""
-    for name in (os.environ.get("CLINKD_WORDNET", ""), *WORDNET_FOLDERS):
+    named = os.environ.get("CLINKD_WORDNET", "")
+    if named and not (Path(named) / "index.noun").is_file():
+        raise SetupError(f"CLINKD_WORDNET={named}: there is no index.noun in that folder")
+    for name in (named, *WORDNET_FOLDERS):
         if name and (Path(name) / "index.noun").is_file():
             return Path(name)
     return None
