@@ -101,6 +101,8 @@ def test_a_good_reply_passes():
         (f"The left femur is at {BOX}, [10, 20, 300, 400].", "numbers that the truth lacks"),
         (f"The right femur is at {BOX}.", "'right' where the truth says 'left'"),
         (f"No left femur is at {BOX}.", "negates"),
+        (f"The correct answer is the left femur at {BOX}.", "speaks about the correction"),
+        (f"The student's left femur is at {BOX}.", "speaks about the correction"),
         (f"The left femur is at {BOX}.<|im_end|>\n<|im_start|>user", "markup"),
         (f"The left femur is at {BOX}. <image>", "markup"),
         (f"The left femur is at {BOX}<|box_end|>.", "markup"),

@@ -1,5 +1,6 @@
 """What a correction must fulfil before anybody learns from it."""
 
+import re
 import unicodedata
 
 from clinkd.data.boxes import strip_boxes
@@ -7,6 +8,7 @@ from clinkd.train.correction.facts import (
     MARKUP,
     contradiction,
     numbers,
+    plain,
     stated_boxes,
     without_boxes,
 )
@@ -14,6 +16,11 @@ from clinkd.train.correction.facts import (
 LEAST_SIMILARITY = 0.8
 LONGEST = 2.0  # times the truth's words, and 8 words
 SHORTEST = 0.5  # times the truth's words, less 2
+# words of somebody who speaks about the correction instead of making it
+_TALK = re.compile(
+    r"\b(?:corrected|correct answer|student(?:'s)?|ground truth|the truth|language model|"
+    r"sorry|apolog\w+|as requested|here is the|instructions?)\b"
+)
 _INVISIBLE = {"Cc", "Cf", "Co", "Cs", "Cn"}  # Unicode categories: control, format, surrogates, …
 
 
@@ -24,8 +31,9 @@ def why_rejected(
 
     A reply comes from a model that has read a text it should not trust, so the rules look at what
     it is, not at how it came about: the truth's boxes in their order and form and no other; no
-    other markup, as a `<|im_end|>` would cut the training text; no invisible characters; no
-    number, side, opposite or negation that the truth lacks; neither far longer nor far shorter.
+    other markup, as a `<|im_end|>` would cut the training text; no invisible characters; no talk
+    about the correction; no number, side, opposite or negation that the truth lacks; neither far
+    longer nor far shorter.
 
     Args:
         similarity: of the reply with the truth.
@@ -41,6 +49,8 @@ def why_rejected(
         MARKUP.findall(without_boxes(truth))
     ):
         return f"markup that the truth lacks: {', '.join(sorted(odd))}"
+    if talk := set(_TALK.findall(plain(reply))) - set(_TALK.findall(plain(truth))):
+        return f"speaks about the correction: {', '.join(sorted(talk))}"
     if new := numbers(reply) - numbers(truth):
         return f"numbers that the truth lacks: {', '.join(sorted(new))}"
     if (wrong := contradiction(reply, truth)) is not None:

@@ -16,6 +16,8 @@ VERSION = "1"  # part of the key of cached replies; raised with every change of 
 Style = Literal["json", "text"]
 MAX_REPLY = 8000  # characters
 _MARK = re.compile(r"\[BOX([0-9]{1,3})\]")
+_LEFT_OVER = re.compile(r"\[BOX[0-9]*\]")
+_LABEL = re.compile(r"^(?:the )?correct(?:ed)?(?: answer)?(?: is)?:?\s+", re.IGNORECASE)
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _RULES = (
     "You correct the answers of a medical vision model. Rewrite the student's answer so that it "
@@ -69,7 +71,10 @@ def read_reply(text: str, case: Case, style: Style = "json") -> Reply:
     if found is None or not found.strip():
         return Reply(None, "the reply is not what was asked for")
     boxes = _texts_of_boxes(case.truth)
-    return Reply(_MARK.sub(lambda mark: _box(mark, boxes), " ".join(found.split())))
+    answer = _MARK.sub(lambda mark: _box(mark, boxes), " ".join(found.split()))
+    if odd := _LEFT_OVER.search(answer):
+        return Reply(None, f"the reply has {odd[0]}, a mark that the truth lacks")
+    return Reply(answer)
 
 
 def _plain(text: str) -> str:
@@ -90,7 +95,7 @@ def _texts_of_boxes(truth: str) -> list[str]:
 
 
 def _box(mark: re.Match[str], boxes: list[str]) -> str:
-    """The box behind a mark; a mark without a box stays, and its number is then found out."""
+    """The box behind a mark; a mark of no box stays as it is."""
     index = int(mark[1]) - 1
     return boxes[index] if 0 <= index < len(boxes) else mark[0]
 
@@ -111,7 +116,5 @@ def _from_json(text: str) -> str | None:
 def _from_text(text: str) -> str | None:
     """The first paragraph, without a label or quotes around it."""
     first = re.split(r"\n\s*\n", text, maxsplit=1)[0].strip()
-    first = re.sub(r"^corrected(?: answer)?:\s*", "", first, flags=re.IGNORECASE)
-    if len(first) > 1 and first[0] == first[-1] == '"':
-        first = first[1:-1]
-    return first
+    first = _LABEL.sub("", first)
+    return first[1:-1] if len(first) > 1 and first[0] == first[-1] == '"' else first
