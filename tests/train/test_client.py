@@ -94,6 +94,13 @@ def cut(handler):
     handler.wfile.write(b'{"choices": [')
 
 
+def cut_behind_the_json(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(json.dumps(completion("half")).encode())
+
+
 def cut_in_a_chunk(handler):
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
@@ -116,7 +123,7 @@ def drip(handler):
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
-    for _ in range(20):
+    for _ in range(200):
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.05)
@@ -207,6 +214,7 @@ def test_no_key_no_header(server, make):
         says(["no", "object"]),
         says(b"[" * 100_000),
         cut,
+        cut_behind_the_json,
         cut_in_a_chunk,
         reset,
     ],

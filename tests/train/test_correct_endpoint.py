@@ -120,13 +120,14 @@ def test_key_comes_from_the_environment(endpoint, make, monkeypatch):
 def test_images_are_sent_only_when_asked_and_without_their_notes(endpoint, make, tmp_path):
     notes = Image.Exif()
     notes[0x010E] = "PATIENT NAME"
-    Image.new("RGB", (1000, 500)).save(tmp_path / "a.png", exif=notes)
+    Image.new("RGB", (1000, 500)).save(tmp_path / "a.png", exif=notes, icc_profile=b"PATIENT NAME")
     case = Case("a", "MIA", "What?", "No idea.", "A CT image.", ("a.png",))
     make(data_root=tmp_path).correct([case])
     assert isinstance(endpoint.seen[0][0]["messages"][1]["content"], str)
     make(data_root=tmp_path, send_images=True, image_side=100).correct([case])
     content = endpoint.seen[1][0]["messages"][1]["content"]
     data = base64.b64decode(content[0]["image_url"]["url"].split(",")[1])
+    assert Image.open(io.BytesIO(data)).info == {}
     assert b"PATIENT" not in data
     assert b"a.png" not in json.dumps(content).encode()
     assert Image.open(io.BytesIO(data)).size == (100, 50)
