@@ -133,7 +133,8 @@ def test_smollm2(tmp_path):
     found = correct_records(
         records, {c.id: c.answer for c in CASES[:2]}, corrector=corrector, similarity=TokenF1()
     )
-    stored = [json.loads(line) for line in (tmp_path / "replies.jsonl").open(encoding="utf-8")]
+    lines = (tmp_path / "replies.jsonl").read_text(encoding="utf-8").splitlines()
+    stored = [json.loads(line) for line in lines]
     assert any(row["finish"] == "stop" and len(row["text"].split()) > 1 for row in stored)
     # it is a weak model: what it writes is believed only where it agrees with the truth
     for correction in found:
