@@ -85,20 +85,13 @@ def _extension() -> Iterator[str]:
 def _ops() -> Iterator[str]:
     import torch
 
-    rotary = import_module("clinkd.ops.rotary")  # the package's name of it is the op
-    prefix = import_module("clinkd.ops.prefix_decode_attention")
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield f"{'op on ' + device.type:26} {'takes':12} because"
-    native = {"rotary": device.type, "prefix_decode_attention": "triton"}
-    if device.type == "cpu":
-        native["prefix_decode_attention"] = "cpu"
-    for name, module, resolve in (
-        ("rotary", rotary, rotary.resolve_rotary),
-        ("prefix_decode_attention", prefix, prefix.resolve_prefix_decode),
-    ):
-        choice = resolve("auto", device, torch.float32)
-        reason = module.why_not(native[name], device, torch.float32)
+    for name in ("rotary", "rotary_attention", "prefix_decode_attention"):
+        module = import_module(f"clinkd.ops.{name}")  # the package's name of it is the op
+        native = module.native_impl(device)
+        reason = module.why_not(native, device, torch.float32)
+        choice = native if reason is None else "reference"
         yield f"{name:26} {choice:12} {reason or 'it is the fastest here'}"
     for name in ("kd_loss", "linear_kd_loss"):
         yield f"{name:26} {'reference':12} plain torch, linear_kd_loss in row chunks"

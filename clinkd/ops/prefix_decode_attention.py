@@ -1,14 +1,12 @@
 """Attention of one decode step for hypotheses that share one prompt."""
 
 import importlib
-import importlib.util
-import os
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from clinkd.ops._checks import check_float
+from clinkd.ops._impl import resolve_impl, why_not_triton
 from clinkd.ops.reference.prefix_decode_attention import default_visible
 from clinkd.ops.reference.prefix_decode_attention import prefix_decode_attention as reference
 
@@ -83,14 +81,12 @@ def resolve_prefix_decode(impl: str, device: torch.device, dtype: torch.dtype) -
         ValueError: an unknown name.
         RuntimeError: an explicit one that cannot run here.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    if impl == "auto":
-        native = "triton" if device.type == "cuda" else "cpu"
-        return native if why_not(native, device, dtype) is None else "reference"
-    if reason := why_not(impl, device, dtype):
-        raise RuntimeError(f"impl={impl!r} cannot run here: {reason}")
-    return impl
+    return resolve_impl(impl, IMPLS, native_impl(device), why_not, device, dtype)
+
+
+def native_impl(device: torch.device) -> str:
+    """What "auto" takes on a device, unless `why_not` speaks against it."""
+    return "triton" if device.type == "cuda" else "cpu"
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -99,19 +95,7 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if impl == "cpu":
         return None if device.type == "cpu" else f"it takes cpu tensors, got {device.type}"
-    if not _has_triton():
-        return "triton is not installed"
-    if dtype == torch.float64:
-        return "it takes float32, float16 and bfloat16, got torch.float64"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
-        return f"it takes cuda tensors (or TRITON_INTERPRET=1), got {device.type}"
-    return None
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return why_not_triton(device, dtype)
 
 
 def _check(

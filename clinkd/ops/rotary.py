@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._checks import check_float
+from clinkd.ops._impl import resolve_impl
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
 
@@ -65,14 +66,12 @@ def resolve_rotary(impl: str, device: torch.device, dtype: torch.dtype) -> str:
         ValueError: an unknown name.
         RuntimeError: an explicit one that cannot run here.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    if impl == "auto":
-        native = "cuda" if device.type == "cuda" else "cpu"
-        return native if why_not(native, device, dtype) is None else "reference"
-    if reason := why_not(impl, device, dtype):
-        raise RuntimeError(f"impl={impl!r} cannot run here: {reason}")
-    return impl
+    return resolve_impl(impl, IMPLS, native_impl(device), why_not, device, dtype)
+
+
+def native_impl(device: torch.device) -> str:
+    """What "auto" takes on a device, unless `why_not` speaks against it."""
+    return "cuda" if device.type == "cuda" else "cpu"
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,13 +1,11 @@
 """Attention with the rotary embedding inside: queries and keys come in unrotated."""
 
-import os
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from clinkd.ops import _rotary_attention_triton  # noqa: F401  (registers the operators)
 from clinkd.ops._checks import check_float
+from clinkd.ops._impl import resolve_impl, why_not_triton
 from clinkd.ops.reference.rotary_attention import rotary_attention as reference_attention
 from clinkd.ops.rotary import check_positions, check_rotary, rotary
 from clinkd.rotary import RotarySpec
@@ -106,14 +104,12 @@ def resolve_attention(impl: str, device: torch.device, dtype: torch.dtype) -> st
         ValueError: an unknown name.
         RuntimeError: an explicit one that cannot run here.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    if impl == "auto":
-        best = "triton" if device.type == "cuda" else "cpu"
-        return best if why_not(best, device, dtype) is None else "reference"
-    if reason := why_not(impl, device, dtype):
-        raise RuntimeError(f"impl={impl!r} cannot run here: {reason}")
-    return impl
+    return resolve_impl(impl, IMPLS, native_impl(device), why_not, device, dtype)
+
+
+def native_impl(device: torch.device) -> str:
+    """What "auto" takes on a device, unless `why_not` speaks against it."""
+    return "triton" if device.type == "cuda" else "cpu"
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -121,25 +117,8 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if impl == "cpu" and device.type != "cpu":
         return f"it takes cpu tensors, got {device.type}"
     if impl == "triton":
-        if dtype == torch.float64:
-            return "it takes float32, float16 and bfloat16, got torch.float64"
-        if not _has_triton():
-            return "triton is not installed"
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"it takes cuda tensors (cpu under TRITON_INTERPRET=1), got {device.type}"
+        return why_not_triton(device, dtype)
     return None
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_triton() -> bool:
-    return _find_triton()
-
-
-@lru_cache(maxsize=1)
-def _find_triton() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("triton") is not None
 
 
 def _cpu(
