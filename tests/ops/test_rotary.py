@@ -12,6 +12,7 @@ from clinkd.ops.reference.rotary import rotary as reference
 from clinkd.rotary import RotarySpec
 
 rotary_module = sys.modules["clinkd.ops.rotary"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPECS = {
     "paper": RotarySpec.split(128),
@@ -28,12 +29,18 @@ SPECS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _on_the_gpu_where_there_is_one():
+    with torch.device(DEVICE):
+        yield
+
+
 def usable(impl, dtype=torch.float32):
-    if reason := rotary_module.why_not(impl, torch.device("cpu"), dtype):
+    if reason := rotary_module.why_not(impl, torch.device(DEVICE), dtype):
         pytest.skip(reason)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", DEVICE])
 def impl(request):
     usable(request.param)
     return request.param
@@ -41,7 +48,7 @@ def impl(request):
 
 def positions_for(spec, *tokens, limit=131_072):
     """Half-integers from 0 to `limit`, more axes than the spec reads."""
-    generator = torch.Generator().manual_seed(sum(tokens))
+    generator = torch.Generator(DEVICE).manual_seed(sum(tokens))
     places = torch.rand(spec.axes + 1, *tokens, generator=generator) * limit
     return (places * 2).round() / 2
 
@@ -101,7 +108,7 @@ def test_the_formula_itself():
     inplace=st.booleans(),
 )
 def test_any_shape_and_stride(name, dtype, B, S, H, layout, position_layout, inplace):
-    usable("cpu")
+    usable(DEVICE)
     spec = SPECS[name]
     D = spec.head_dim
     x = {
@@ -118,7 +125,7 @@ def test_any_shape_and_stride(name, dtype, B, S, H, layout, position_layout, inp
     elif position_layout == "one row":
         positions = positions[:, :1].expand(-1, B, -1) if B else positions
     before = x.clone()
-    found = rotary(x, positions, spec, inplace=inplace, impl="cpu")
+    found = rotary(x, positions, spec, inplace=inplace, impl=DEVICE)
     assert found.shape == x.shape
     if inplace:
         assert found is x
@@ -212,7 +219,7 @@ def test_autocast_leaves_dtypes_alone(impl):
     spec = SPECS["warm"]
     x, positions = torch.randn(1, 4, 2, spec.head_dim), positions_for(spec, 1, 4)
     expected = rotary(x, positions, spec, impl=impl)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(rotary(x, positions, spec, impl=impl), expected)
 
 
@@ -248,16 +255,16 @@ def test_non_finite_positions_give_nan(impl, value):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_values_survive(dtype):
     """Every value of the type comes back if turned by nothing, and is rounded as torch does."""
-    usable("cpu")
+    usable(DEVICE)
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype).reshape(-1, 1, 64)
     still = RotarySpec(64, (0,) * 32, (0.0,) * 32, 32)
     finite = torch.where(x.isfinite(), x, 1)
-    assert torch.equal(rotary(finite, torch.zeros(1, len(x)), still, impl="cpu"), finite)
+    assert torch.equal(rotary(finite, torch.zeros(1, len(x)), still, impl=DEVICE), finite)
     turning = RotarySpec(64, (0,) * 32, (1.0,) * 32, 32)
-    angle = torch.rand(1, len(x), generator=torch.Generator().manual_seed(0)) * 100
-    found = rotary(x, angle, turning, impl="cpu")
-    expected = rotary(x.float(), angle, turning, impl="cpu").to(dtype)
+    angle = torch.rand(1, len(x), generator=torch.Generator(DEVICE).manual_seed(0)) * 100
+    found = rotary(x, angle, turning, impl=DEVICE)
+    expected = rotary(x.float(), angle, turning, impl=DEVICE).to(dtype)
     assert expected.isinf().any()
     assert expected.isnan().any()
     assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))

@@ -11,6 +11,7 @@ from clinkd.ops.reference.rotary_attention import rotary_attention as reference
 from clinkd.rotary import RotarySpec
 
 attention_module = sys.modules["clinkd.ops.rotary_attention"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -42,16 +43,19 @@ class Case:
         places = torch.rand(self.spec.axes, *sizes[0], generator=g) * 200
         options = {"causal": self.causal, "window": self.window, "scale": self.scale}
         if self.separate or self.keys is not None:
-            options["key_positions"] = torch.rand(self.spec.axes, *sizes[1], generator=g) * 200
+            options["key_positions"] = (
+                torch.rand(self.spec.axes, *sizes[1], generator=g) * 200
+            ).to(DEVICE)
         if packed:
             options["cu_seqlens"] = starts(self.queries)
             if self.keys is not None:
                 options["cu_seqlens_k"] = starts(keys)
-        return (q, k, v), (places * 2).round() / 2, options
+        q, k, v, places = (t.to(DEVICE) for t in (q, k, v, (places * 2).round() / 2))
+        return (q, k, v), places, options
 
 
 def starts(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
 
 
 CASES = {
@@ -80,7 +84,7 @@ CASES = {
 
 
 def usable(impl, dtype=torch.float32):
-    if reason := attention_module.why_not(impl, torch.device("cpu"), dtype):
+    if reason := attention_module.why_not(impl, torch.device(DEVICE), dtype):
         pytest.skip(reason)
 
 
@@ -93,7 +97,8 @@ def run(impl, tensors, positions, spec, options, dtype=None):
         out, lse = rotary_attention(
             *tensors, positions, spec, **options, return_lse=True, impl=impl
         )
-    weight = torch.linspace(-1, 1, max(1, out.numel()))[: out.numel()].reshape(out.shape)
+    weight = torch.linspace(-1, 1, max(1, out.numel()), device=DEVICE)[: out.numel()]
+    weight = weight.reshape(out.shape)
     (out.float() * weight).sum().backward()
     return [out.detach(), lse.detach(), *(t.grad for t in tensors)]
 
@@ -119,12 +124,14 @@ def compare(impl, case, dtype=torch.float32):
 
 @pytest.mark.parametrize("name", CASES)
 def test_cpu_matches_float64(name):
+    usable("cpu")
     compare("cpu", CASES[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["causal", "window", "packed"])
 def test_cpu_in_16_bits(name, dtype):
+    usable("cpu")
     compare("cpu", CASES[name], dtype)
 
 
@@ -182,6 +189,7 @@ def test_triton_opcheck():
 
 
 def test_chunks_of_queries(monkeypatch):
+    usable("cpu")
     monkeypatch.setattr(attention_module, "CHUNK", 16)
     for name in ("window", "later queries", "more queries than keys", "window, full, later"):
         compare("cpu", CASES[name])
@@ -189,6 +197,8 @@ def test_chunks_of_queries(monkeypatch):
 
 def test_never_a_square_matrix():
     """2,048 × 2,048 booleans are 4 MiB: no allocation comes near, whatever the mask."""
+    if DEVICE != "cpu":
+        pytest.skip("it profiles the memory of the CPU")
     spec = RotarySpec.split(32)
     q, k, v = (torch.randn(1, 2048, 1, 32) for _ in range(3))
     positions = torch.arange(2048.0).expand(2, 1, -1).contiguous()
