@@ -12,6 +12,7 @@ import triton.language as tl
 from clinkd.kernels.rotary_tiles import (
     LN_2,
     LOG2_E,
+    capability,
     constants,
     count_tiles,
     find_tile,
@@ -134,13 +135,14 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    # last tiles first: under a causal mask they see the most keys and take longest
     b, row, start, Sq, key_start, Sk = find_tile(
-        starts_ptr, key_starts_ptr, tl.program_id(0), Sq_all, Sk_all, sequences,
-        BLOCK_M, PACKED, SEQUENCES,
+        starts_ptr, key_starts_ptr, tl.num_programs(1) - 1 - tl.program_id(1), Sq_all, Sk_all,
+        sequences, BLOCK_M, PACKED, SEQUENCES,
     )  # fmt: skip
     if b >= sequences:
         return
-    h = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(0).to(tl.int64)
     b = b.to(tl.int64)
     i = row + tl.arange(0, BLOCK_M)
     is_row = i < Sq
@@ -252,9 +254,9 @@ def launch_forward(
     if q.numel() == 0:
         return out, lse, q_turned
     sequences = len(starts) - 1 if starts is not None else q.shape[0]
-    blocks = forward_blocks(q.shape[-1], q.element_size())
+    blocks = forward_blocks(q.shape[-1], q.element_size(), capability(q.device))
     rows = q.shape[-3]
-    grid = (count_tiles(rows, blocks.rows, sequences, packed), Hq)
+    grid = (Hq, count_tiles(rows, blocks.rows, sequences, packed))
     _forward_kernel[grid](
         q,
         k,

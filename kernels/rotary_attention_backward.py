@@ -5,14 +5,17 @@ are recomputed from them alone. One kernel owns tiles of keys and sums over the 
 share them, another owns tiles of queries; nothing is added atomically, so runs repeat bit by bit.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from clinkd.kernels.rotary_attention_keys import keys_kernel
+from clinkd.kernels.rotary_attention_keys import keys_kernel, sum_parts_kernel
 from clinkd.kernels.rotary_tiles import (
+    INTERPRETED,
     LOG2_E,
+    capability,
     constants,
     count_tiles,
     find_tile,
@@ -25,25 +28,8 @@ from clinkd.kernels.rotary_tiles import (
 )
 from torch import Tensor
 
-
-@triton.jit
-def _delta_kernel(
-    out_ptr,  # rows of D, side by side
-    grad_ptr,
-    delta_ptr,  # [rows]
-    rows,
-    D,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Sum of out * grad over each row's components."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, WIDTH)
-    inside = (row < rows)[:, None] & (d < D)[None, :]
-    at = row.to(tl.int64)[:, None] * D + d[None, :]
-    out = tl.load(out_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + row, tl.sum(out * grad, 1), mask=row < rows)
+WAVES = 4  # programs a multiprocessor that the keys' kernel wants, since causal tiles differ
+SUM_ROWS = 16  # rows that a program of the parts' sum takes
 
 
 @triton.jit
@@ -86,10 +72,11 @@ def _queries_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    out_ptr,  # strides of q, as grad and dq
     grad_ptr,
     lse_ptr,
-    delta_ptr,
-    dq_ptr,  # strides of q
+    delta_ptr,  # out: sum of output times gradient over each row's components
+    dq_ptr,
     positions_ptr,  # of the queries
     axis_ptr,
     hi_ptr,
@@ -130,14 +117,14 @@ def _queries_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Gradient of a tile of queries over all keys that they see."""
+    """Gradient of a tile of queries over all keys that they see, and the rows' delta."""
     b, row, start, Sq, key_start, Sk = find_tile(
-        starts_ptr, key_starts_ptr, tl.program_id(0), Sq_all, Sk_all, sequences,
-        BLOCK_M, PACKED, SEQUENCES,
+        starts_ptr, key_starts_ptr, tl.num_programs(1) - 1 - tl.program_id(1), Sq_all, Sk_all,
+        sequences, BLOCK_M, PACKED, SEQUENCES,
     )  # fmt: skip
     if b >= sequences:
         return
-    h = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(0).to(tl.int64)
     b = b.to(tl.int64)
     i = row + tl.arange(0, BLOCK_M)
     is_row = i < Sq
@@ -148,14 +135,18 @@ def _queries_kernel(
     d1 = D0 + tl.arange(0, D1 if D1 > 0 else 1)
     lse = tl.load(lse_ptr + side, mask=is_row, other=float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
-    delta = tl.load(delta_ptr + side, mask=is_row, other=0.0)
     q0 = load_piece(q_ptr + here, is_row, d0, D, UPCAST, False, True)
     grad0 = load_piece(grad_ptr + here, is_row, d0, D, UPCAST, False, True)
+    out0 = load_piece(out_ptr + here, is_row, d0, D, UPCAST, False, True)
+    delta = tl.sum(out0.to(tl.float32) * grad0.to(tl.float32), 1)
     q1 = q0
     grad1 = grad0
     if D1 > 0:
         q1 = load_piece(q_ptr + here, is_row, d1, D, UPCAST, False, False)
         grad1 = load_piece(grad_ptr + here, is_row, d1, D, UPCAST, False, False)
+        out1 = load_piece(out_ptr + here, is_row, d1, D, UPCAST, False, False)
+        delta += tl.sum(out1.to(tl.float32) * grad1.to(tl.float32), 1)
+    tl.store(delta_ptr + side, delta, mask=is_row)
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     k_base = k_ptr + b * k_stride_b + key_start.to(tl.int64) * k_stride_s + h // G * k_stride_h
@@ -221,12 +212,6 @@ def launch_backward(
     grad = grad.contiguous()
     D, Hq, Hkv = out.shape[-1], out.shape[-2], k.shape[-2]
     delta = torch.empty_like(lse)
-    by_row = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
-    block = 32
-    _delta_kernel[(triton.cdiv(by_row.numel(), block),)](
-        out, grad, by_row, by_row.numel(), D, BLOCK=block, WIDTH=triton.next_power_of_2(D)
-    )
-    delta.copy_(by_row.transpose(-1, -2))
     sequences = len(starts) - 1 if starts is not None else out.shape[0]
     rows, keys = out.shape[-3], k.shape[-3]
     sides = (0, lse.stride(0)) if packed else lse.stride()[:2]
@@ -244,18 +229,54 @@ def launch_backward(
         return (p.stride(0), 0, p.stride(1)) if packed else p.stride()
 
     sizes = (rows, keys, sequences, scale)
-    blocks = keys_blocks(D, out.element_size())
-    keys_kernel[(count_tiles(keys, blocks.rows, sequences, packed), Hkv)](
-        q_turned, k, v, grad, lse, delta, dk, dv, key_positions, *tables, starts, key_starts,
-        *walk(out), *walk(k), *walk(v), *walk(dk), *sides, *places(key_positions), *sizes,
-        BLOCK_M=blocks.columns, BLOCK_N=blocks.rows,
-        num_warps=blocks.warps, num_stages=blocks.stages, **shared,
-    )  # fmt: skip
-    blocks = queries_blocks(D, out.element_size())
-    _queries_kernel[(count_tiles(rows, blocks.rows, sequences, packed), Hq)](
-        q_turned, k, v, grad, lse, delta, dq, positions, *tables, starts, key_starts,
+    arch = capability(out.device)
+    blocks = queries_blocks(D, out.element_size(), arch)
+    # first, since it writes delta
+    _queries_kernel[(Hq, count_tiles(rows, blocks.rows, sequences, packed))](
+        q_turned, k, v, out, grad, lse, delta, dq, positions, *tables, starts, key_starts,
         *walk(out), *walk(k), *walk(v), *sides, *places(positions), *sizes,
         BLOCK_M=blocks.rows, BLOCK_N=blocks.columns,
         num_warps=blocks.warps, num_stages=blocks.stages, **shared,
     )  # fmt: skip
+    blocks = keys_blocks(D, out.element_size(), arch)
+    tiles = count_tiles(keys, blocks.rows, sequences, packed)
+    parts = count_parts(tiles * Hkv, Hq // Hkv, out.device)
+    sums = (
+        (dk, dv)
+        if parts == 1
+        else (
+            dk.new_empty(parts, *dk.shape, dtype=torch.float32),
+            dv.new_empty(parts, *dv.shape, dtype=torch.float32),
+        )
+    )
+    keys_kernel[(Hkv * parts, tiles)](
+        q_turned, k, v, grad, lse, delta, *sums, key_positions, *tables, starts, key_starts,
+        *walk(out), *walk(k), *walk(v), *walk(dk), dk.numel(), *sides, *places(key_positions),
+        *sizes, BLOCK_M=blocks.columns, BLOCK_N=blocks.rows, PARTS=parts,
+        num_warps=blocks.warps, num_stages=blocks.stages, **shared,
+    )  # fmt: skip
+    if parts > 1:
+        flat = dk.numel() // D
+        names = ("D", "R", "PAIR_STRIDE")
+        sum_parts_kernel[(triton.cdiv(flat, SUM_ROWS),)](
+            *sums, dk, dv, key_positions, *tables, *places(key_positions), flat, Hkv, keys,
+            PARTS=parts, WIDTH=triton.next_power_of_2(D), BLOCK=SUM_ROWS, num_warps=4,
+            **{name: shared[name] for name in names},
+        )  # fmt: skip
     return dq, dk, dv
+
+
+def count_parts(programs: int, G: int, device: torch.device) -> int:
+    """Programs that share the query heads of one tile of keys: the fewest that fill the device.
+
+    A few tiles would leave most of it idle; many need no division, so that the memory of the
+    parts, 8 bytes for each component of a key, is bounded by the size of the device.
+    """
+    wanted = WAVES * (2 if INTERPRETED else multiprocessors(device))
+    return next((p for p in range(1, G) if G % p == 0 and programs * p >= wanted), G)
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

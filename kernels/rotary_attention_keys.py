@@ -8,6 +8,7 @@ from clinkd.kernels.rotary_tiles import (
     find_tile,
     load_piece,
     turn_back,
+    turned,
 )
 
 
@@ -67,7 +68,7 @@ def keys_kernel(
     grad_ptr,  # of the output
     lse_ptr,
     delta_ptr,  # [B, Sq, Hq] or [N, Hq]
-    dk_ptr,
+    dk_ptr,  # [B, Sk, Hkv, D] or [N, Hkv, D]; [PARTS, ...] float32 where there are several parts
     dv_ptr,
     positions_ptr,  # of the keys
     axis_ptr,
@@ -87,6 +88,7 @@ def keys_kernel(
     dk_stride_b,  # of dv too
     dk_stride_s,
     dk_stride_h,
+    part_stride,
     lse_stride_b,  # of delta too
     lse_stride_h,
     position_stride_a,
@@ -97,6 +99,7 @@ def keys_kernel(
     sequences,
     scale,
     G: tl.constexpr,
+    PARTS: tl.constexpr,  # programs that share the G heads of a tile; a divisor of G
     D: tl.constexpr,
     R: tl.constexpr,
     PAIR_STRIDE: tl.constexpr,
@@ -112,14 +115,18 @@ def keys_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Gradients of a tile of keys and values, over all queries of all heads that share them."""
+    """Gradients of a tile of keys and values, over all queries of G / PARTS heads that share them.
+
+    Of one part they are complete, and the keys' are turned back; several are summed afterwards.
+    """
     b, column, key_start, Sk, start, Sq = find_tile(
-        key_starts_ptr, starts_ptr, tl.program_id(0), Sk_all, Sq_all, sequences,
+        key_starts_ptr, starts_ptr, tl.program_id(1), Sk_all, Sq_all, sequences,
         BLOCK_N, PACKED, SEQUENCES,
     )  # fmt: skip
     if b >= sequences:
         return
-    h = tl.program_id(1).to(tl.int64)
+    h = (tl.program_id(0) // PARTS).to(tl.int64)
+    part = tl.program_id(0) % PARTS
     b = b.to(tl.int64)
     start = start.to(tl.int64)
     j = column + tl.arange(0, BLOCK_N)
@@ -152,8 +159,8 @@ def keys_kernel(
         whole = tl.minimum(Sq, (whole + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
     else:
         whole = 0
-    for g in range(G):
-        head = h * G + g
+    for g in range(G // PARTS):
+        head = h * G + part * (G // PARTS) + g
         here = b * row_stride_b + start * row_stride_s + head * row_stride_h
         side = b * lse_stride_b + head * lse_stride_h + start
         for row in range(first, whole, BLOCK_M):
@@ -168,7 +175,7 @@ def keys_kernel(
                 lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq, offset, j,
                 D, D0, D1, BLOCK_M, CAUSAL, WINDOW, False, PRECISION, UPCAST,
             )  # fmt: skip
-    out_at = b * dk_stride_b + at * dk_stride_s + h * dk_stride_h
+    out_at = b * dk_stride_b + at * dk_stride_s + h * dk_stride_h + part.to(tl.int64) * part_stride
     element = dk_ptr.dtype.element_ty
     # queries carry scale * log2(e), of which the gradient wants scale
     tl.store(dk_ptr + out_at[:, None] + d0[None, :], (dk0 * LN_2).to(element), mask=is_key[:, None])
@@ -177,9 +184,53 @@ def keys_kernel(
         inside = is_key[:, None] & (d1 < D)[None, :]
         tl.store(dk_ptr + out_at[:, None] + d1[None, :], (dk1 * LN_2).to(element), mask=inside)
         tl.store(dv_ptr + out_at[:, None] + d1[None, :], dv1.to(element), mask=inside)
-    if ROTATE:
+    if ROTATE and PARTS == 1:
         position_rows = positions_ptr + b * position_stride_b + at * position_stride_s
         turn_back(
             dk_ptr + out_at, is_key, position_rows, position_stride_a, axis_ptr, hi_ptr, lo_ptr,
             D, R, PAIR_STRIDE, D0, D1,
         )  # fmt: skip
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts_k_ptr,  # [PARTS, rows, D] float32: the parts' gradients of turned keys and of values
+    parts_v_ptr,
+    dk_ptr,  # [rows, D], a row a token and head
+    dv_ptr,
+    positions_ptr,
+    axis_ptr,
+    hi_ptr,
+    lo_ptr,
+    position_stride_a,
+    position_stride_b,
+    position_stride_s,
+    rows,
+    H,
+    S,  # tokens of a sequence; all where packed
+    PARTS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    PAIR_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,  # power of two, at least D
+    BLOCK: tl.constexpr,
+):
+    """Sum over parts, in their order; the keys' gradient is turned back."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_row = row < rows
+    d = tl.arange(0, WIDTH)
+    inside = is_row[:, None] & (d < D)[None, :]
+    token = row // H
+    position_rows = positions_ptr + token // S * position_stride_b + token % S * position_stride_s
+    dk = tl.zeros([BLOCK, WIDTH], tl.float32)
+    dv = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for part in tl.static_range(PARTS):
+        at = (part * rows.to(tl.int64) + row) * D
+        dk += turned(
+            parts_k_ptr + at, is_row, d, position_rows, position_stride_a, axis_ptr, hi_ptr, lo_ptr,
+            D, R, PAIR_STRIDE, -1,
+        )  # fmt: skip
+        dv += tl.load(parts_v_ptr + at[:, None] + d[None, :], mask=inside, other=0.0)
+    element = dk_ptr.dtype.element_ty
+    tl.store(dk_ptr + (row * D)[:, None] + d[None, :], dk.to(element), mask=inside)
+    tl.store(dv_ptr + (row * D)[:, None] + d[None, :], dv.to(element), mask=inside)
