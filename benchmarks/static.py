@@ -78,7 +78,7 @@ class Figures:
     sine_cosine: int
 
 
-def cases() -> Iterator[Case]:
+def cases(arch: int) -> Iterator[Case]:
     """Every shipped configuration at the shapes of Qwen2-VL-2B (12 / 2 heads of 128)."""
     for dtype, size in (("bf16", 2), ("fp32", 4)):
         for rows in (16, 32, 54, 128):
@@ -97,9 +97,9 @@ def cases() -> Iterator[Case]:
     yield Case("prefix_decode_attention merge", prefix._merge_kernel, merge, types, 1, 3)
     for head_dim in (64, 80, 96, 128):
         for part, kernel, blocks, own_rows in (
-            ("forward", forward._forward_kernel, tiles.forward_blocks(head_dim, 2), True),
-            ("keys", keys.keys_kernel, tiles.keys_blocks(head_dim, 2), False),
-            ("queries", backward._queries_kernel, tiles.queries_blocks(head_dim, 2), True),
+            ("forward", forward._forward_kernel, tiles.forward_blocks(head_dim, 2, arch), True),
+            ("keys", keys.keys_kernel, tiles.keys_blocks(head_dim, 2, arch), False),
+            ("queries", backward._queries_kernel, tiles.queries_blocks(head_dim, 2, arch), True),
         ):
             constants = _attention_constants(kernel, head_dim, blocks, own_rows)
             types = _attention_types(kernel, constants)
@@ -136,6 +136,7 @@ def _attention_constants(kernel: Any, head_dim: int, blocks: Any, own_rows: bool
         WINDOW=0,
         PACKED=False,
         SEQUENCES=1,
+        PARTS=1,
         ROTATE=True,
         KEEP=True,
         PRECISION="tf32",
@@ -238,10 +239,10 @@ def main() -> None:
         )
     failed = 0
     print(f"{'kernel':48} arch  regs stack local  shared  occ%   mma sincos")
-    for case in cases():
-        if arguments.only not in case.name:
-            continue
-        for arch in arguments.arch or ARCHS:
+    for arch in arguments.arch or ARCHS:
+        for case in cases(arch):
+            if arguments.only not in case.name:
+                continue
             found = compile_case(case, arch)
             print(
                 f"{case.name:48} {arch:4} {found.registers:5} {found.stack:5} {found.local:5} "

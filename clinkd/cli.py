@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from clinkd._version import __version__
+from clinkd.commands.ablate import ablate
 from clinkd.commands.ask import ask
 from clinkd.commands.data import app as data_app
 from clinkd.commands.evaluate import compare, metrics_app
@@ -177,6 +178,7 @@ def doctor() -> None:
 
 app.command()(ask)
 app.command()(compare)
+app.command()(ablate)
 app.add_typer(metrics_app, name="metrics")
 app.add_typer(data_app, name="data")
 recipes_app = typer.Typer(help="The configs that come with clinkd.", no_args_is_help=True)

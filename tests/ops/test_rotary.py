@@ -13,6 +13,7 @@ from clinkd.rotary import RotarySpec
 
 rotary_module = sys.modules["clinkd.ops.rotary"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OTHER = "cpu" if DEVICE == "cuda" else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPECS = {
     "paper": RotarySpec.split(128),
@@ -284,10 +285,14 @@ def test_16_bit_values_survive(dtype):
         (
             {"positions": torch.zeros(2, 1, 4, device="meta")},
             ValueError,
-            "positions must be on cpu",
+            f"positions must be on {DEVICE}",
         ),
         ({"impl": "tpu"}, ValueError, "impl must be one of auto, reference, cpu, cuda, got 'tpu'"),
-        ({"impl": "cuda"}, RuntimeError, "impl='cuda' cannot run here: it takes cuda tensors"),
+        (
+            {"impl": OTHER},
+            RuntimeError,
+            f"impl='{OTHER}' cannot run here: it takes {OTHER} tensors, got {DEVICE}",
+        ),
     ],
 )
 def test_errors(change, error, message):
@@ -306,4 +311,4 @@ def test_inplace_needs_no_gradient():
 def test_double_has_no_kernel():
     x = torch.zeros(1, 4, 2, 64, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="it takes float32, float16 and bfloat16"):
-        rotary(x, torch.zeros(2, 1, 4), RotarySpec.split(64), impl="cpu")
+        rotary(x, torch.zeros(2, 1, 4), RotarySpec.split(64), impl=DEVICE)

@@ -297,6 +297,8 @@ def test_errors(change, error, message):
     ],
 )
 def test_errors_of_packing(change, error, message):
+    if DEVICE != "cpu":
+        pytest.skip("the contents of cu_seqlens on a GPU are not looked at: the host would wait")
     q = torch.zeros(4, 2, 32)
     options = {"cu_seqlens": starts([4])} | change
     with pytest.raises(error, match=message):

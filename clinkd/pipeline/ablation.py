@@ -1,0 +1,224 @@
+"""The paper's Table 2 on any data: the parts of the method switched on one by one, and together.
+
+Every cell is a run of its own, in a folder of its own. Stages that two cells have in common, by
+their fingerprints, are done once and linked into the other's folder.
+"""
+
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clinkd.config import RunConfig
+from clinkd.data.files import sha256_file, write_json, write_text
+from clinkd.data.records import TASKS
+from clinkd.errors import ConfigError
+from clinkd.evaluate.tables import Table, render
+from clinkd.pipeline.folder import OWNED, STAGES, RunFolder, fingerprints
+from clinkd.pipeline.paths import records_file
+from clinkd.pipeline.runner import run
+from clinkd.progress import Console
+
+# name → the parts of the method that are on
+CELLS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "mcg-rope": ("positions",),
+    "kd": ("distill",),
+    "correction": ("correct",),
+    "sasg": ("generate",),
+    "all": ("positions", "distill", "correct", "generate"),
+}
+LABELS = {
+    "base": "Base: fine-tuned, M-RoPE",
+    "mcg-rope": "+ MCG-RoPE",
+    "kd": "+ KD",
+    "correction": "+ correction",
+    "sasg": "+ SASG",
+    "all": "All four",
+}
+# what each part is when it is off
+_OFF: dict[str, dict[str, Any]] = {
+    "positions": {"preset": "mrope"},
+    "distill": {"kd_weight": 0.0},
+    "correct": {"rounds": 0},
+    "generate": {"selection": "beam"},
+}
+
+
+def cell_config(config: RunConfig, cell: str, seed: int, output: Path) -> RunConfig:
+    """The run of one cell: `config` is the cell `all`; the others have parts switched off.
+
+    Raises:
+        ConfigError: a part is off in `config` already, so that its cell would be the base again.
+    """
+    tree = config.model_dump(mode="json")
+    sections = {name: tree[name] for name in ("distill", "correct", "generate")}
+    sections["positions"] = tree["model"]["positions"]
+    for part, off in _OFF.items():
+        for key, value in off.items():
+            if sections[part][key] == value:
+                place = f"model.{part}" if part == "positions" else part
+                raise ConfigError(
+                    f"{place}.{key} is {value!r}: that part is off; an ablation starts from a "
+                    "config with every part on"
+                )
+        if part not in CELLS[cell]:
+            sections[part].update(off)
+    if config.distill.pseudo_labels != "soft":
+        raise ConfigError("an ablation needs distill.pseudo_labels: soft; without KD none is used")
+    tree["seed"], tree["output"] = seed, str(output)
+    return RunConfig.model_validate(tree)
+
+
+def ablate(
+    config: RunConfig, console: Console, output: Path, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Run every cell with every seed, and write ablation.json and ablation.md.
+
+    What is done is skipped, so that a run that was cut off goes on where it was.
+
+    Raises:
+        ConfigError: see `cell_config`; or no seed, or one twice.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds must be different numbers, at least one; got {list(seeds)}")
+    inputs = {
+        split: sha256_file(records_file(getattr(config.data, split), split))
+        for split in ("train", "test")
+    }
+    grid = [(seed, cell) for seed in seeds for cell in CELLS]
+    runs = {
+        (seed, cell): cell_config(config, cell, seed, output / f"seed-{seed}" / cell)
+        for seed, cell in grid
+    }
+    scores: dict[str, dict[int, Any]] = {cell: {} for cell in CELLS}
+    for number, (seed, cell) in enumerate(grid, start=1):
+        console.print(f"cell {number} of {len(grid)}: {LABELS[cell]}, seed {seed}")
+        mine = runs[seed, cell]
+        marks = fingerprints(mine, inputs)
+        earlier = [runs[seed, name] for name in CELLS if name != cell]
+        with RunFolder.open(mine, update=True) as folder:
+            _share(folder, marks, [Path(other.output) for other in earlier])
+        done = run(mine, console, last="evaluate", update=True)
+        metrics = json.loads((done.path / "metrics.json").read_text(encoding="utf-8"))
+        scores[cell][seed] = metrics["models"]["sasg"]  # the run's last answers
+    result = summarise(scores)
+    write_json(output / "ablation.json", result)
+    write_text(output / "ablation.md", render(ablation_table(result), "markdown") + "\n")
+    return result
+
+
+def _share(folder: RunFolder, marks: Mapping[str, str], others: Sequence[Path]) -> None:
+    """Link the stages that another cell has done under the same fingerprint into this folder."""
+    for stage in STAGES[: STAGES.index("evaluate")]:
+        entry = folder.book()["stages"].get(stage, {})
+        if entry.get("fingerprint") == marks[stage]:
+            continue  # done here, or under way
+        source = next((path for path in others if _has(path, stage, marks[stage])), None)
+        if source is None:
+            return  # stages build on each other
+        folder.clear(stage)
+        for pattern in OWNED[stage]:
+            for path in source.glob(pattern):
+                _link(path, folder.path / path.relative_to(source))
+        _share_log(source / "metrics.jsonl", folder.path / "metrics.jsonl", stage)
+        folder.note(stage, **_stages(source)[stage])
+
+
+def _stages(path: Path) -> dict[str, Any]:
+    try:
+        book = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    stages: dict[str, Any] = book["stages"]
+    return stages
+
+
+def _has(path: Path, stage: str, mark: str) -> bool:
+    entry = _stages(path).get(stage, {})
+    return entry.get("status") == "done" and entry.get("fingerprint") == mark
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard links where the file system has them; no stage changes a file of an earlier one."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_file)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _link_file(source, target)
+
+
+def _link_file(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+_LOGGED = {"prepare": "clip", "teacher": "teacher", "distill": "distill", "correct": "correct-"}
+
+
+def _share_log(source: Path, target: Path, stage: str) -> None:
+    """Take a stage's lines of the training log along."""
+    mark = _LOGGED.get(stage)
+    if mark is None or not source.exists():
+        return
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    mine = [line for line in lines if str(json.loads(line)["stage"]).startswith(mark)]
+    kept = target.read_text(encoding="utf-8") if target.exists() else ""
+    write_text(target, kept + "".join(mine))
+
+
+def summarise(scores: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation (of a sample, n - 1) of each cell over its seeds, in percent.
+
+    Args:
+        scores: cell → seed → a model of metrics.json.
+    """
+    cells: dict[str, Any] = {}
+    for cell, by_seed in scores.items():
+        models = list(by_seed.values())
+        tasks = [task for task in TASKS if all(task in model["tasks"] for model in models)]
+        values = {task: [float(m["tasks"][task]["score"]) for m in models] for task in tasks}
+        values["Average"] = [float(model["average"]) for model in models]
+        cells[cell] = {
+            "label": LABELS[cell],
+            "metrics": {task: models[0]["tasks"][task]["metric"] for task in tasks},
+            "seeds": sorted(by_seed),
+            "scores": {
+                name: {
+                    "values": each,
+                    "mean": round(statistics.fmean(each), 2),
+                    "sd": round(statistics.stdev(each), 2) if len(each) > 1 else None,
+                }
+                for name, each in values.items()
+            },
+        }
+    return {"cells": cells}
+
+
+def ablation_table(result: Mapping[str, Any]) -> Table:
+    """Table 2: cells × tasks, mean ± sd over seeds, and the gain of the average over the base."""
+    cells = result["cells"]
+    first = next(iter(cells.values()))
+    base = cells["base"]["scores"]["Average"]["mean"]
+    rows = []
+    for cell in cells.values():
+        shown = [_mean_sd(cell["scores"].get(name)) for name in (*TASKS, "Average")]
+        gain = cell["scores"]["Average"]["mean"] - base
+        rows.append((str(cell["label"]), *shown, "" if cell is cells["base"] else f"{gain:+.2f}"))
+    heads = [
+        f"{task} ({first['metrics'][task]})" if task in first["metrics"] else task for task in TASKS
+    ]
+    count = len(first["seeds"])
+    title = f"Ablation: mean ± sd over {count} seed{'s' if count > 1 else ''}"
+    return Table(title, ("Cell", *heads, "Average", "Gain"), tuple(rows))
+
+
+def _mean_sd(score: Mapping[str, Any] | None) -> str | None:
+    if score is None:
+        return None
+    return f"{score['mean']:.2f}" + ("" if score["sd"] is None else f" ± {score['sd']:.2f}")
