@@ -141,6 +141,9 @@ class EvaluateConfig(Section):
     meteor: Literal["auto", "jar", "python"] = Field(
         "auto", description="METEOR through its jar, or our approximation named meteor_py"
     )
+    spice: bool = Field(
+        False, description="RC by SPICE's jar (see `clinkd metrics fetch`), not scene-graph F1"
+    )
     bootstrap: int = Field(1000, ge=0, description="resamples behind the 95 % intervals; 0: none")
 
 

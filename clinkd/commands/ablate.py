@@ -19,14 +19,16 @@ def ablate(
     form: Annotated[
         str, typer.Option("--format", help="markdown, latex, csv or json")
     ] = "markdown",
+    published: Annotated[
+        bool, typer.Option("--published", help="the paper's figures beside them")
+    ] = False,
 ) -> None:
     """Train and score base, + MCG-RoPE, + KD, + correction, + SASG and all, with several seeds.
     Started again, it goes on where it was."""
     from clinkd.config import load
     from clinkd.errors import ConfigError
-    from clinkd.evaluate.tables import FORMATS, render
+    from clinkd.evaluate.tables import FORMATS, ablation_table, render
     from clinkd.pipeline.ablation import ablate as run_cells
-    from clinkd.pipeline.ablation import ablation_table
     from clinkd.progress import Console
 
     if form not in FORMATS:
@@ -41,4 +43,4 @@ def ablate(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     result = run_cells(settings, Console(), output, numbers)
-    typer.echo(render(ablation_table(result), form))
+    typer.echo(render(ablation_table(result, published=published), form))

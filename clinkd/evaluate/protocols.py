@@ -9,6 +9,7 @@ import numpy as np
 
 from clinkd.data.boxes import iou, parse_boxes
 from clinkd.errors import ConfigError
+from clinkd.evaluate.extras import true_boxes
 from clinkd.evaluate.text import statistics
 from clinkd.evaluate.text.ngram import Array, Statistics
 
@@ -130,12 +131,6 @@ def published_boxes(text: str, *, bare: bool) -> list[tuple[float, ...]]:
     return [box if len(box) == 4 else (0.0, 0.0, 0.0, 0.0) for box in numbers]
 
 
-def true_boxes(row: Row) -> list[Any]:
-    """The boxes of the true answer."""
-    boxes = parse_boxes(row["annotation"])
-    return list(boxes) if boxes else list(row.get("boxes") or [])
-
-
 def _hits(found: Sequence[Any], targets: Sequence[Any], rules: Protocol) -> int:
     if not found or not targets:
         return 0
@@ -215,29 +210,3 @@ def measure(task: str, rows: Sequence[Row], rules: Protocol, meteor: str, spice:
         "MIA": lambda: summarising(rows, meteor),
     }
     return by_task[task]()
-
-
-def grounding_extras(rows: Sequence[Row]) -> dict[str, float]:
-    """What practitioners ask beside Recall@0.5, in percent but for the counts."""
-    best, counts, side_errors, sided = [], [], 0, 0
-    for row in rows:
-        found, targets = parse_boxes(row["response"]), true_boxes(row)
-        counts.append(len(found))
-        best += [max((iou(t, box) for box in found), default=0.0) for t in targets]
-        truth = _sides(row["annotation"])
-        if len(truth) == 1:
-            sided += 1
-            said = _sides(row["response"])
-            side_errors += bool(said) and not truth & said
-    total = max(1, len(rows))
-    return {
-        "mean_iou": 100 * float(np.mean(best)) if best else 0.0,
-        "box_present": 100 * sum(n > 0 for n in counts) / total,
-        "one_box": 100 * sum(n == 1 for n in counts) / total,
-        "many_boxes": 100 * sum(n > 1 for n in counts) / total,
-        "laterality_errors": 100 * side_errors / max(1, sided),
-    }
-
-
-def _sides(text: str) -> set[str]:
-    return {side for side in ("left", "right") if re.search(rf"\b{side}\b", text.lower())}

@@ -31,6 +31,7 @@ def evaluate_run(
     test_records: Sequence[Record],
     train_records: Sequence[Record],
     meteor: str = "auto",
+    spice: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def evaluate_run(
 
     Args:
         meteor: `jar`, `python`, or `auto`: the jar where Java and pycocoevalcap are there.
+        spice: RC by SPICE's jar in place of scene-graph F1.
 
     Raises:
         SetupError: a metric needs something that is not installed.
@@ -47,7 +49,15 @@ def evaluate_run(
     metric = meteor_metric(meteor)
 
     def scored(rows: Sequence[Mapping[str, Any]], label: str) -> dict[str, Any]:
-        return score_model(rows, rules, label=label, meteor=metric, bootstrap=bootstrap, seed=seed)
+        return score_model(
+            rows,
+            rules,
+            label=label,
+            meteor=metric,
+            spice=spice,
+            bootstrap=bootstrap,
+            seed=seed,
+        )
 
     final = _rows(run_dir / "predictions.jsonl")
     models = {
@@ -98,7 +108,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _with(row: Mapping[str, Any], index: int) -> dict[str, Any]:
     """The row as if candidate `index` were the answer."""
     candidates = row["candidates"]
-    return {**row, "response": candidates[index]["text"] if candidates else ""}
+    text = candidates[index]["text"] if candidates else ""
+    return {**row, "response": text, "selected": index}
 
 
 def _oracle(row: Mapping[str, Any]) -> int:

@@ -7,15 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clinkd.data.records import TASKS
-from clinkd.evaluate.protocols import (
-    EIGHT,
-    Protocol,
-    Row,
-    grounding_extras,
-    measure,
-)
+from clinkd.evaluate.extras import calibration, confidence, grounding_extras, laterality_extras
+from clinkd.evaluate.protocols import EIGHT, Protocol, Row, measure
 from clinkd.evaluate.text.ngram import Array, Statistics
 
+RIGHT_OR_WRONG = ("VG", "ROC")  # tasks of which an answer is right or wrong, not better or worse
 CHUNK = 4_000_000  # numbers of bootstrap weights held at a time
 
 
@@ -74,9 +70,27 @@ def _score_task(
     if bootstrap:
         groups = np.array([str(row.get("group") or row["id"]) for row in rows])
         out["ci95"] = _interval(found.statistics, modalities, groups, rules, bootstrap, seed)
-    if task == "VG":
-        out["extras"] = {name: round(v, 2) for name, v in grounding_extras(rows).items()}
+    extras = grounding_extras(rows) if task == "VG" else {}
+    extras |= laterality_extras(rows)
+    if task in RIGHT_OR_WRONG:
+        sure = _calibration(rows, found.statistics)
+        if sure["n"]:
+            out["calibration"] = sure
+            extras["ece"] = sure["ece"]
+    if extras:
+        out["extras"] = {name: round(v, 2) for name, v in extras.items()}
     return out
+
+
+def _calibration(rows: Sequence[Row], statistics: Statistics) -> dict[str, Any]:
+    """Of the answers that say how sure they are; right is what scores 1 by the protocol."""
+    values = statistics.finish(statistics.rows)
+    pairs = [
+        (sure, bool(value >= 1))
+        for row, value in zip(rows, values, strict=True)
+        if (sure := confidence(row)) is not None
+    ]
+    return calibration([sure for sure, _ in pairs], [right for _, right in pairs])
 
 
 def _percent(value: float) -> float:

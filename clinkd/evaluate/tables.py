@@ -9,6 +9,7 @@ from typing import Any
 
 from clinkd.data.records import TASKS
 from clinkd.errors import ConfigError
+from clinkd.evaluate.published import TABLE_1, TABLE_2
 
 FORMATS = ("markdown", "latex", "csv", "json")
 Cell = str | float | None
@@ -23,24 +24,19 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
 
-# arXiv 2502.05928, Table 1 as printed; recomputed are the means of Table 4's cells by modality
-PUBLISHED: tuple[tuple[str, Mapping[str, float]], ...] = (
-    ("ClinKD (paper, as printed)", {"VG": 67.51, "ROC": 82.35, "RC": 70.56, "MIA": 65.69}),
-    ("ClinKD (paper, recomputed)", {"VG": 67.65, "ROC": 82.35, "RC": 70.56, "MIA": 65.30}),
-    ("LLaVA-Med (paper, as printed)", {"VG": 0.0, "ROC": 2.75, "RC": 8.18, "MIA": 11.20}),
-)
-
-
 def models_by_task(models: Mapping[str, Mapping[str, Any]], *, published: bool = False) -> Table:
-    """Table 1: models × tasks, and their mean; intervals in brackets where they were computed."""
+    """Table 1: models × tasks, and their mean; intervals in brackets where they were computed.
+
+    Args:
+        published: the paper's rows below, a dash where a figure could not be read.
+    """
     rows: list[tuple[Cell, ...]] = []
     for name, model in models.items():
         results = [model["tasks"].get(task) for task in TASKS]
         rows.append((str(model.get("label") or name), *map(_scored, results), model["average"]))
     if published:
-        for name, scores in PUBLISHED:
-            mean = round(sum(scores.values()) / len(scores), 2)
-            rows.append((name, *(scores[task] for task in TASKS), mean))
+        for row in TABLE_1:
+            rows.append((row.label, *(row.scores.get(task) for task in TASKS), row.mean))
     return Table("Models by task", ("Model", *TASKS, "Average"), tuple(rows))
 
 
@@ -56,6 +52,39 @@ def tasks_by_modality(model: Mapping[str, Any]) -> Table:
         rows.append((f"{task} ({result['metric']})", *cells, mean, result["score"]))
     title = f"{model.get('label', 'Model')}: tasks by modality"
     return Table(title, ("Task", *modalities, "Mean of the row", "Score"), tuple(rows))
+
+
+def ablation_table(result: Mapping[str, Any], *, published: bool = False) -> Table:
+    """Table 2: cells × tasks, mean ± sd over seeds, and the gain of the average over the base.
+
+    Args:
+        result: ablation.json.
+    """
+    cells = result["cells"]
+    first = next(iter(cells.values()))
+    base = cells["base"]["scores"]["Average"]["mean"]
+    rows: list[tuple[Cell, ...]] = []
+    for cell in cells.values():
+        shown = [_mean_sd(cell["scores"].get(name)) for name in (*TASKS, "Average")]
+        gain = cell["scores"]["Average"]["mean"] - base
+        rows.append((str(cell["label"]), *shown, "" if cell is cells["base"] else f"{gain:+.2f}"))
+    if published:
+        none = (None,) * len(TASKS)
+        base = TABLE_2[0][1]
+        for number, (label, average) in enumerate(TABLE_2):
+            rows.append((label, *none, average, f"{average - base:+.2f}" if number else ""))
+    heads = [
+        f"{task} ({first['metrics'][task]})" if task in first["metrics"] else task for task in TASKS
+    ]
+    count = len(first["seeds"])
+    title = f"Ablation: mean ± sd over {count} seed{'s' if count > 1 else ''}"
+    return Table(title, ("Cell", *heads, "Average", "Gain"), tuple(rows))
+
+
+def _mean_sd(score: Mapping[str, Any] | None) -> str | None:
+    if score is None:
+        return None
+    return f"{score['mean']:.2f}" + ("" if score["sd"] is None else f" ± {score['sd']:.2f}")
 
 
 def _scored(result: Mapping[str, Any] | None) -> Cell:

@@ -16,7 +16,7 @@ from clinkd.config import RunConfig
 from clinkd.data.files import sha256_file, write_json, write_text
 from clinkd.data.records import TASKS
 from clinkd.errors import ConfigError
-from clinkd.evaluate.tables import Table, render
+from clinkd.evaluate.tables import ablation_table, render
 from clinkd.pipeline.folder import OWNED, STAGES, RunFolder, fingerprints
 from clinkd.pipeline.paths import records_file
 from clinkd.pipeline.runner import run
@@ -139,7 +139,7 @@ def _stages(path: Path) -> dict[str, Any]:
 
 def _has(path: Path, stage: str, mark: str) -> bool:
     entry = _stages(path).get(stage, {})
-    return entry.get("status") == "done" and entry.get("fingerprint") == mark
+    return bool(entry.get("status") == "done" and entry.get("fingerprint") == mark)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -198,27 +198,3 @@ def summarise(scores: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
             },
         }
     return {"cells": cells}
-
-
-def ablation_table(result: Mapping[str, Any]) -> Table:
-    """Table 2: cells × tasks, mean ± sd over seeds, and the gain of the average over the base."""
-    cells = result["cells"]
-    first = next(iter(cells.values()))
-    base = cells["base"]["scores"]["Average"]["mean"]
-    rows = []
-    for cell in cells.values():
-        shown = [_mean_sd(cell["scores"].get(name)) for name in (*TASKS, "Average")]
-        gain = cell["scores"]["Average"]["mean"] - base
-        rows.append((str(cell["label"]), *shown, "" if cell is cells["base"] else f"{gain:+.2f}"))
-    heads = [
-        f"{task} ({first['metrics'][task]})" if task in first["metrics"] else task for task in TASKS
-    ]
-    count = len(first["seeds"])
-    title = f"Ablation: mean ± sd over {count} seed{'s' if count > 1 else ''}"
-    return Table(title, ("Cell", *heads, "Average", "Gain"), tuple(rows))
-
-
-def _mean_sd(score: Mapping[str, Any] | None) -> str | None:
-    if score is None:
-        return None
-    return f"{score['mean']:.2f}" + ("" if score["sd"] is None else f" ± {score['sd']:.2f}")

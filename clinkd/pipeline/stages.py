@@ -16,6 +16,7 @@ from clinkd.data.files import write_jsonl
 from clinkd.data.records import Record, Turn, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
 from clinkd.evaluate.run import evaluate_run
+from clinkd.evaluate.text.jars import require_spice
 from clinkd.generate.select import Selection
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
@@ -33,6 +34,8 @@ Stage = Callable[[RunFolder, Update], str]
 def prepare(folder: RunFolder, progress: Update) -> str:
     """Check the data, draw the teacher's share, build the embedded model and scorer."""
     config = folder.config
+    if config.evaluate.spice:
+        require_spice()  # now, not when hours of training are over
     root = data_root(config.data)
     train_records, test_records = (
         read_records(records_file(name, split))
@@ -248,6 +251,7 @@ def evaluate_answers(folder: RunFolder, progress: Update) -> str:
         test_records=read_records(folder.data("test")),
         train_records=read_records(folder.data("train")),
         meteor=settings.meteor,
+        spice=settings.spice,
         bootstrap=settings.bootstrap,
         seed=folder.config.seed,
     )

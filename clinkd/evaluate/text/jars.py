@@ -134,15 +134,11 @@ def _finish(sums: Array) -> Array:
     return out
 
 
-def spice(
-    hypotheses: Sequence[Tokens],
-    references: Sequence[Sequence[Tokens]],
-    memory_mib: int = 4096,
-) -> Statistics:
-    """SPICE (Anderson et al. 2016) through its jar, mean over records.
+def require_spice() -> tuple[Path, Path]:
+    """The folders of SPICE's jar and of the Stanford parser.
 
     Raises:
-        SetupError: Java, pycocoevalcap or the Stanford parser is not there, or Java failed.
+        SetupError: Java, pycocoevalcap or the parser is not there.
     """
     package = package_folder() / "spice"
     parser = spice_folder()
@@ -153,6 +149,20 @@ def spice(
             "(stanford-corenlp-full-2015-12-09.zip) and run "
             "`clinkd metrics fetch spice --from FILE --sha256 …`; scene_graph_f1 does without"
         )
+    return package, parser
+
+
+def spice(
+    hypotheses: Sequence[Tokens],
+    references: Sequence[Sequence[Tokens]],
+    memory_mib: int = 4096,
+) -> Statistics:
+    """SPICE (Anderson et al. 2016) through its jar, mean over records.
+
+    Raises:
+        SetupError: Java, pycocoevalcap or the Stanford parser is not there, or Java failed.
+    """
+    package, parser = require_spice()
     jars = [package / "spice-1.0.jar", *sorted((package / "lib").glob("*.jar"))]
     jars += [parser / name for name in SPICE_JARS]
     opened = [f"--add-opens={name}=ALL-UNNAMED" for name in _OPENED] if java_version() > 8 else []
