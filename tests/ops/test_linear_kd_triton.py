@@ -1,0 +1,126 @@
+"""The form of `linear_kd_loss` that stores no logit, against the definition in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clinkd.ops._impl import why_not_triton
+from clinkd.ops._linear_kd_triton import LinearKDTriton
+from clinkd.ops.reference.kd_loss import kd_loss_rows
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _needs_triton():
+    if reason := why_not_triton(DEVICE, torch.float32):
+        pytest.skip(reason)
+
+
+def make(N, student, teacher, bias, dtype=torch.float32, size=0.3):
+    g = torch.Generator().manual_seed(N)
+
+    def side(V, C):
+        tensors = (torch.randn(N, C, generator=g), torch.randn(V, C, generator=g) * size)
+        tensors = (*tensors, torch.randn(V, generator=g))
+        return [t.to(DEVICE, dtype) if t.dim() > 1 or bias else None for t in tensors]
+
+    labels = torch.randint(0, student[0], (N,), generator=g).to(DEVICE)
+    return side(*student), side(*teacher), labels, torch.rand(N, generator=g).to(DEVICE)
+
+
+def run(student, teacher, labels, weight, kd_weight, temperature, reverse, softcap):
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in student]
+    loss, parts = LinearKDTriton.apply(
+        *leaves, *teacher, labels, weight, kd_weight, temperature, reverse, softcap
+    )
+    (loss * 1.7).backward()
+    return loss.detach(), parts, *(t.grad for t in leaves if t is not None)
+
+
+def run_exact(student, teacher, labels, weight, kd_weight, temperature, reverse, softcap, dtype):
+    leaves, others = (
+        [None if t is None else t.detach().to(dtype) for t in side] for side in (student, teacher)
+    )
+    leaves = [None if t is None else t.requires_grad_() for t in leaves]
+    ce, kd = kd_loss_rows(
+        F.linear(*leaves),
+        F.linear(*others),
+        labels,
+        temperature=temperature,
+        divergence="reverse_kl" if reverse else "forward_kl",
+        softcap=softcap,
+    )
+    weight = torch.ones_like(ce) if weight is None else weight
+    parts = torch.stack([(ce * weight).sum(), (kd * weight).sum()])
+    loss = (parts[0] + kd_weight * parts[1]) / (1 + kd_weight)
+    (loss * 1.7).backward()
+    return loss.detach(), parts.detach(), *(t.grad for t in leaves if t is not None)
+
+
+@pytest.mark.parametrize(
+    ("N", "student", "teacher", "bias", "weighted", "temperature", "reverse", "softcap"),
+    [
+        (21, (77, 48), (77, 40), False, True, 2.0, False, None),
+        (40, (150, 33), (90, 64), True, False, 1.0, False, 3.0),
+        (5, (90, 64), (150, 32), True, True, 3.0, True, None),
+        (1, (600, 16), (33, 16), False, False, 0.5, True, 5.0),
+    ],
+)
+def test_matches_float64(N, student, teacher, bias, weighted, temperature, reverse, softcap):
+    *sides, labels, weight = make(N, student, teacher, bias)
+    options = (labels, weight if weighted else None, 0.7, temperature, reverse, softcap)
+    found = run(*sides, *options)
+    exact = run_exact(*sides, *options, torch.float64)
+    for a, e in zip(found, exact, strict=True):
+        assert (a - e).abs().max() <= 1e-5 * e.abs().max().clamp(min=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits(dtype):
+    """At most twice the error of plain torch in that dtype."""
+    *sides, labels, weight = make(33, (170, 48), (170, 64), False, dtype)
+    options = (labels, weight, 0.5, 2.0, False, None)
+    found = run(*sides, *options)
+    exact = run_exact(*sides, *options, torch.float64)
+    plain = run_exact(*sides, *options, dtype)
+    for a, e, p in zip(found, exact, plain, strict=True):
+        least = torch.finfo(dtype).eps * e.abs().max()
+        assert (a - e).abs().max() <= max(2 * (p - e).abs().max(), least)
+
+
+def test_identical_models_have_no_distance():
+    student, _, labels, _ = make(9, (64, 32), (64, 32), True)
+    _, parts, *_ = run(student, student, labels, None, 1.0, 2.0, False, None)
+    assert 0 <= parts[1] < 1e-4
+
+
+def test_extreme_logits():
+    student, teacher, labels, _ = make(7, (50, 32), (50, 32), False, size=1e3)
+    for reverse in (False, True):
+        options = (labels, None, 0.5, 1.0, reverse, None)
+        found = run(student, teacher, *options)
+        exact = run_exact(student, teacher, *options, torch.float64)
+        plain = run_exact(student, teacher, *options, torch.float32)
+        for a, e, p in zip(found, exact, plain, strict=True):
+            # a float32 logit of 1e4 is itself uncertain by 1e-3
+            assert (a - e).abs().max() <= max(2 * (p - e).abs().max(), 1e-5 * e.abs().max())
+
+
+def test_no_rows():
+    student, teacher, labels, _ = make(0, (20, 16), (20, 16), False)
+    loss, _, *grads = run(student, teacher, labels, None, 0.5, 1.0, False, None)
+    assert loss == 0
+    assert all((g == 0).all() for g in grads)
+
+
+def test_every_output_is_written(monkeypatch):
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    *sides, labels, weight = make(19, (90, 33), (70, 32), False)
+    assert all(t.isfinite().all() for t in run(*sides, labels, weight, 0.5, 2.0, False, None))
