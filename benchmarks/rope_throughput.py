@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clinkd.ops import rotary, rotary_attention
 from clinkd.ops.reference.rotary import angles
@@ -180,6 +181,16 @@ def bench_rotary(
     ]
 
 
+def with_backend(forward: Callable[[], Tensor], backend: SDPBackend) -> Callable[[], Tensor]:
+    """A forward in which torch's attention must take this backend."""
+
+    def run() -> Tensor:
+        with sdpa_kernel(backend):
+            return forward()
+
+    return run
+
+
 def bench_attention(
     length: int, shape: str, dtype: torch.dtype, device: torch.device, seconds: float
 ) -> list[dict[str, Any]]:
@@ -213,6 +224,12 @@ def bench_attention(
         "torch.compile of it": torch.compile(eager),
         "SDPA without rotary": lambda: sdpa(*(t.transpose(1, 2) for t in leaves)).transpose(1, 2),
     }
+    if device.type == "cuda":  # which of torch's kernels SDPA takes depends on the card
+        for name, backend in (
+            ("FlashAttention-2", SDPBackend.FLASH_ATTENTION),
+            ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+        ):
+            forwards[f"rotary + {name}"] = with_backend(separate, backend)
     expected = eager().detach()
     for name, forward in forwards.items():
         if name != "SDPA without rotary":

@@ -15,7 +15,7 @@ from torch import Tensor
 # bf16 arithmetic is silently wrong in Triton's interpreter, so kernels compute in float32 there
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
-SLOTS = 5  # numbers that one program leaves of each row, see `_statistics_kernel`
+SLOTS = 8  # numbers that one program leaves of each row, see `_statistics_kernel`
 
 
 @triton.jit
@@ -67,10 +67,16 @@ def _logits(
 
 
 @triton.jit
+def _level(top):
+    """What is taken off before an exponential: nothing where all scores so far are -inf."""
+    return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
 def _add_tile(top, total, scores):
-    """Running maximum and sum of 2^score with one more tile; and the tile's own 2^(score - top)."""
+    """Running maximum and sum of 2^score with one more tile; the tile's 2^(score - maximum)."""
     new_top = tl.maximum(top, tl.max(scores, 1))
-    level = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far
+    level = _level(new_top)
     powers = tl.exp2(scores - level[:, None])
     keep = tl.exp2(top - level)
     return new_top, total * keep + tl.sum(powers, 1), powers, keep
@@ -115,9 +121,11 @@ def _statistics_kernel(
 ):
     """Of one band of the vocabulary, for each row, all in powers of two.
 
-    Slots: log-sum of the student at temperature 1; of the student and of the teacher at T over the
-    common columns; the mean of (teacher - student) / T under the teacher (REVERSE: of its opposite
-    under the student); the label's logit, as it is, or 0 where it is in another band.
+    Slots: the largest logit and the log of the sum of powers relative to it, apart so that neither
+    rounds the other: of the student at temperature 1, then of the student and of the teacher at T
+    over the common columns; the mean of (teacher - student) / T, both relative to their largest,
+    under the teacher (REVERSE: of its opposite under the student); the label's logit as it is, 0
+    where it is in another band.
     """
     band = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -151,22 +159,31 @@ def _statistics_kernel(
         )  # fmt: skip
         z = tl.where(shared[None, :], z * inverse_temperature, -float("inf"))
         target = tl.where(shared[None, :], target * (LOG2_E * inverse_temperature), -float("inf"))
+        # the weighted sum is of scores relative to both maxima, which are about to move
+        moved = _level(soft_top) - _level(target_top)
+        before = soft_total if REVERSE else target_total
         soft_top, soft_total, soft, soft_keep = _add_tile(soft_top, soft_total, z)
         target_top, target_total, mass, keep = _add_tile(target_top, target_total, target)
+        moved = (_level(soft_top) - _level(target_top)) - moved
+        z = z - _level(soft_top)[:, None]
+        target = target - _level(target_top)[:, None]
         if REVERSE:
             gap = tl.where(soft > 0, z, 0.0) - tl.where(soft > 0, target, 0.0)
-            weighted = weighted * soft_keep + tl.sum(soft * gap, 1)
+            weighted = (weighted - before * moved) * soft_keep + tl.sum(soft * gap, 1)
         else:
             gap = tl.where(mass > 0, target, 0.0) - tl.where(mass > 0, z, 0.0)
-            weighted = weighted * keep + tl.sum(mass * gap, 1)
+            weighted = (weighted + before * moved) * keep + tl.sum(mass * gap, 1)
     at = out_ptr + band.to(tl.int64) * N + rows
     slot = tl.num_programs(1).to(tl.int64) * N
-    tl.store(at, top + _log2(total), mask=is_row)
-    tl.store(at + slot, soft_top + _log2(soft_total), mask=is_row)
-    tl.store(at + 2 * slot, target_top + _log2(target_total), mask=is_row)
+    tl.store(at, top, mask=is_row)
+    tl.store(at + slot, _log2(total), mask=is_row)
+    tl.store(at + 2 * slot, soft_top, mask=is_row)
+    tl.store(at + 3 * slot, _log2(soft_total), mask=is_row)
+    tl.store(at + 4 * slot, target_top, mask=is_row)
+    tl.store(at + 5 * slot, _log2(target_total), mask=is_row)
     share = soft_total if REVERSE else target_total
-    tl.store(at + 3 * slot, weighted / tl.where(share > 0, share, 1.0), mask=is_row)
-    tl.store(at + 4 * slot, picked, mask=is_row)
+    tl.store(at + 6 * slot, weighted / tl.where(share > 0, share, 1.0), mask=is_row)
+    tl.store(at + 7 * slot, picked, mask=is_row)
 
 
 @triton.jit
@@ -178,7 +195,7 @@ def _gradient_kernel(
     teacher_weight_ptr,
     teacher_bias_ptr,
     labels_ptr,
-    statistics_ptr,  # [4, N] float32 in powers of two: as the first four slots, of all columns
+    statistics_ptr,  # [7, N] float32 in powers of two: as the first seven slots, of all columns
     factor_ptr,  # [N] float32: what each row's loss counts
     grad_ptr,  # [N, band], out
     N,
@@ -222,19 +239,27 @@ def _gradient_kernel(
         SOFTCAP, TEACHER_WHOLE, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION, UPCAST,
     )  # fmt: skip
     safe = tl.minimum(rows, N - 1)
-    lse = tl.load(statistics_ptr + safe)
-    soft_lse = tl.load(statistics_ptr + N + safe)
-    target_lse = tl.load(statistics_ptr + 2 * N.to(tl.int64) + safe)
+    statistics_ptrs = statistics_ptr + safe
+    slot = N.to(tl.int64)
+    top = tl.load(statistics_ptrs)
+    total = tl.load(statistics_ptrs + slot)
+    soft_top = tl.load(statistics_ptrs + 2 * slot)
+    soft_total = tl.load(statistics_ptrs + 3 * slot)
+    target_top = tl.load(statistics_ptrs + 4 * slot)
+    target_total = tl.load(statistics_ptrs + 5 * slot)
     factor = tl.load(factor_ptr + safe)
     label = tl.load(labels_ptr + safe)
-    grad = tl.exp2(z * LOG2_E - lse[:, None])
+    score = z * LOG2_E
+    grad = tl.exp2(score - top[:, None] - total[:, None])
     grad = grad - tl.where(columns[None, :] == label[:, None], 1.0, 0.0)
-    scale = inverse_temperature * LOG2_E
     # log2 of probabilities at T
-    soft = tl.where(shared[None, :], z * scale - soft_lse[:, None], -float("inf"))
-    target = tl.where(shared[None, :], target * scale - target_lse[:, None], -float("inf"))
+    soft = score * inverse_temperature - soft_top[:, None] - soft_total[:, None]
+    soft = tl.where(shared[None, :], soft, -float("inf"))
+    target = target * (LOG2_E * inverse_temperature)
+    target = target - target_top[:, None] - target_total[:, None]
+    target = tl.where(shared[None, :], target, -float("inf"))
     if REVERSE:
-        mean = tl.load(statistics_ptr + 3 * N.to(tl.int64) + safe)
+        mean = tl.load(statistics_ptrs + 6 * slot)
         some = soft > -float("inf")
         gap = tl.where(some, soft, 0.0) - tl.where(some, target, 0.0) - mean[:, None]
         pull = tl.exp2(soft) * gap / LOG2_E
@@ -301,7 +326,7 @@ def gradient_band(
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor, Tensor, Tensor | None],
     labels: Tensor,
-    merged: Tensor,  # [4, N]
+    merged: Tensor,  # [7, N]
     factor: Tensor,  # [N]
     grad: Tensor,  # [N, band], out
     begin: int,

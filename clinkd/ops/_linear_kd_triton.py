@@ -39,7 +39,7 @@ class LinearKDTriton(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = student_hidden.shape[0]
         parts = student_hidden.new_zeros(2, dtype=torch.float32)
-        merged = student_hidden.new_empty(4, rows, dtype=torch.float32)
+        merged = student_hidden.new_empty(7, rows, dtype=torch.float32)
         if rows > 0:
             kernels = importlib.import_module("clinkd.kernels.linear_kd_loss")
             found = kernels.statistics(
@@ -108,16 +108,20 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _merge(found: Tensor, temperature: float, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of all bands, [4, N] in powers of two; and CE and KD of each row."""
-    bands = found[:3] * math.log(2)
-    sums = torch.logsumexp(bands, dim=1)  # [3, N]: student, student at T, teacher at T
+    """Statistics of all bands, [7, N] in powers of two; and CE and KD of each row."""
+    tops, logs = found[0:6:2], found[1:6:2]  # student, student at T, teacher at T; [3, bands, N]
+    top = tops.amax(dim=1)  # [3, N]
+    log = torch.log2(torch.exp2(tops - top[:, None] + logs).sum(dim=1))
     owner = 1 if reverse else 2  # whose probabilities weight the mean
-    share = (bands[owner] - sums[owner]).exp()  # [bands, N]
-    mean = (share * found[3]).sum(dim=0)  # of the difference of scores, in powers of two
+    share = torch.exp2(tops[owner] - top[owner] + logs[owner] - log[owner])  # [bands, N]
     other = 3 - owner
-    difference = mean * math.log(2) - sums[owner] + sums[other]
-    kd = temperature**2 * difference.clamp(min=0)  # rounding alone can make it negative
-    ce = sums[0] - found[4].sum(dim=0)
-    # the mean log-ratio, which the gradient of the reverse form takes off
-    merged = torch.cat([sums / math.log(2), (difference / math.log(2))[None]])
+    # means of scores relative to a band's largest; a band without common columns has no share
+    below = (top[owner] - tops[owner]) - (top[other] - tops[other])
+    mean = torch.where(share > 0, share * (found[6] - below), 0).sum(dim=0)
+    difference = mean - (log[owner] - log[other])
+    # rounding alone can make it negative
+    kd = temperature**2 * math.log(2) * difference.clamp(min=0)
+    ce = (math.log(2) * top[0] - found[7].sum(dim=0)) + math.log(2) * log[0]
+    # the mean log-ratio is what the gradient of the reverse form takes off
+    merged = torch.stack([t for pair in zip(top, log, strict=True) for t in pair] + [difference])
     return merged, ce, kd
