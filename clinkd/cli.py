@@ -13,6 +13,7 @@ from clinkd.commands.ablate import ablate
 from clinkd.commands.ask import ask
 from clinkd.commands.data import app as data_app
 from clinkd.commands.evaluate import compare, metrics_app
+from clinkd.commands.llava_med import llava_med
 from clinkd.errors import ClinkdError, ConfigError
 
 app = typer.Typer(
@@ -179,6 +180,7 @@ def doctor() -> None:
 app.command()(ask)
 app.command()(compare)
 app.command()(ablate)
+app.command("llava-med")(llava_med)
 app.add_typer(metrics_app, name="metrics")
 app.add_typer(data_app, name="data")
 recipes_app = typer.Typer(help="The configs that come with clinkd.", no_args_is_help=True)

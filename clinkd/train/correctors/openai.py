@@ -56,7 +56,7 @@ class EndpointCorrector:
             raise ConfigError("send_images needs the folder of the images")
         self._settings, self._cache_path, self._data_root = settings, cache, data_root
         self._make_client = client
-        self._key = None if settings.offline or settings.dry_run else _read_key(settings.key_env)
+        self._key = None if settings.offline or settings.dry_run else read_key(settings.key_env)
         self._spent = Spending()
         self._asked = self._stored = 0
         host = urlsplit(settings.url or "").netloc
@@ -168,7 +168,12 @@ class _Work:
         return prompt.read_reply(stored.text, case)
 
 
-def _read_key(variable: str | None) -> str | None:
+def read_key(variable: str | None) -> str | None:
+    """What an environment variable holds; None where no variable is named.
+
+    Raises:
+        SetupError: it is not set, or holds no key.
+    """
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
