@@ -9,10 +9,20 @@ from hypothesis import strategies as st
 
 from clinkd.errors import ConfigError, DataError
 from clinkd.evaluate.predictions import read_predictions
-from clinkd.evaluate.protocols import PROTOCOLS, clean_response, grounding, naming, protocol
+from clinkd.evaluate.protocols import (
+    PROTOCOLS,
+    clean_response,
+    describing,
+    grounding,
+    naming,
+    protocol,
+)
 from clinkd.evaluate.score import score_model
+from clinkd.evaluate.text import statistics
 
 GOLDEN = Path(__file__).parent / "golden" / "bird.jsonl"
+DESCRIBED = GOLDEN.with_name("rc.jsonl")
+SUMMARISED = GOLDEN.with_name("mia.jsonl")
 
 
 def scores(name, rows):
@@ -35,6 +45,33 @@ def test_each_golden_record_hits_as_derived_by_hand():
     assert boxes.tolist() == [[1, 1], [1, 1], [1, 2], [1, 1], [1, 1], [1, 1]]
     cleaned = [{**row, "response": clean_response(row["response"])} for row in rows[6:]]
     assert naming(cleaned, PROTOCOLS["bird"]).statistics.rows[:, 0].tolist() == [1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "rc", "mia"),
+    [("bird", 24.55, 13.65), ("clinkd", 65.48, 54.59), ("strict", 63.81, 52.91)],
+)
+def test_golden_texts_score_as_derived_by_hand(name, rc, mia):
+    rows = read_predictions(DESCRIBED).rows + [
+        {**row, "id": f"m{row['id']}"} for row in read_predictions(SUMMARISED).rows
+    ]
+    assert scores(name, rows) == {"RC": rc, "MIA": mia}
+
+
+def test_each_golden_text_scores_as_derived_by_hand():
+    rows = read_predictions(DESCRIBED).rows
+    cleaned = [{**row, "response": clean_response(row["response"])} for row in rows]
+    found = describing(cleaned, spice=False).statistics.rows[:, 0]
+    derived = [1, 2 / 3, 0, 0, 1 / 2, 2 / 3, 1, 2 / 3, 6 / 7, 1, 1, 1 / 2]
+    assert found.tolist() == pytest.approx(derived)
+    rows = read_predictions(SUMMARISED).rows
+    cleaned = [{**row, "response": clean_response(row["response"])} for row in rows]
+    texts = [row["response"] for row in cleaned], [[row["annotation"]] for row in rows]
+    found = statistics(*texts, ["rouge_l", "meteor_py"])
+    rouge = [1, 0.530435, 0, 0, 0.5, 0.5, 1, 0.709302, 0.8, 0, 1, 0.458647]
+    assert found["rouge_l"].rows[:, 0].tolist() == pytest.approx(rouge, abs=1e-6)
+    meteor = [1, 0.209965, 0, 0, 0.433547, 0.8, 1, 0.415365, 0.382136, 0.6, 1, 0.148148]
+    assert found["meteor_py"].rows[:, 0].tolist() == pytest.approx(meteor, abs=1e-6)
 
 
 @pytest.mark.parametrize(
