@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clinkd.data.boxes import format_boxes
 from clinkd.errors import ConfigError, DataError
 from clinkd.evaluate.predictions import read_predictions
 from clinkd.evaluate.protocols import (
@@ -130,6 +131,64 @@ def test_truth_and_answer_may_be_swapped_and_units_changed(a, b):
         assert one == scores(name, [vg([b], [a])])
         double = [tuple(2 * c for c in x) for x in (a, b)]
         assert one == scores(name, [vg([double[0]], [double[1]])])
+
+
+TRUTHS = {
+    "VG": "The liver is at <box>(10,10),(300,200)</box>.",
+    "ROC": "left kidney",
+    "RC": "A large lesion of the left lung.",
+    "MIA": "The liver is large. A cyst lies in its left lobe.",
+}
+
+
+def of_all_tasks(answer):
+    """A row a task in two modalities, answered by `answer(truth)`."""
+    return [
+        {
+            "id": f"{modality}_{task}",
+            "task": task,
+            "modality": modality,
+            "group": modality,
+            "annotation": truth,
+            "response": answer(truth),
+        }
+        for modality in ("ct", "mr")
+        for task, truth in TRUTHS.items()
+    ]
+
+
+@pytest.mark.parametrize("name", ["clinkd", "strict"])
+def test_the_truth_scores_all_and_silence_nothing_in_every_task(name):
+    assert scores(name, of_all_tasks(lambda truth: truth)) == dict.fromkeys(TRUTHS, 100)
+    assert scores(name, of_all_tasks(lambda truth: "")) == dict.fromkeys(TRUTHS, 0)
+
+
+def test_eight_modalities_of_which_two_are_there_give_a_quarter():
+    assert scores("bird", of_all_tasks(lambda truth: truth)) == dict.fromkeys(TRUTHS, 25)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.permutations(range(8)))
+def test_line_order_changes_no_task(order):
+    rows = of_all_tasks(lambda truth: truth[: len(truth) // 2] + "in the lung")
+    assert scores("clinkd", rows) == scores("clinkd", [rows[i] for i in order])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(box, min_size=1, max_size=3, unique=True), st.lists(box, max_size=3))
+def test_strict_reads_every_convention_of_the_same_unit(truth, answer):
+    found = set()
+    for convention in ("box", "qwen2", "qwen3"):
+        row = vg(truth, answer) | {"response": format_boxes(answer, convention)}
+        found.add(scores("strict", [row])["VG"])
+    assert len(found) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(box, min_size=1, max_size=3, unique=True), st.lists(box, max_size=3))
+def test_more_boxes_never_lower_the_published_recall(truth, answer):
+    one = scores("clinkd", [vg(truth, answer)])["VG"]
+    assert scores("clinkd", [vg(truth, [*answer, truth[0]])])["VG"] >= one
 
 
 def test_unknown_protocol_names_the_known():
