@@ -232,7 +232,7 @@ def forward_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     if INTERPRETED:
         return Blocks(32, 16, 4, 1)
     if arch == 90 and element_size == 2 and head_dim <= 128:
-        return Blocks(128, 128, 8, 3)
+        return Blocks(64, 64, 4, 3)
     if element_size == 4:
         return Blocks(64, 32, 8, 2) if head_dim <= 128 else Blocks(32, 16, 8, 1)
     if head_dim <= 64:
@@ -264,7 +264,7 @@ def queries_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     if INTERPRETED:
         return Blocks(32, 16, 4, 1)
     if arch == 90 and element_size == 2 and head_dim <= 128:
-        return Blocks(128, 64, 8, 3) if head_dim > 96 else Blocks(64, 64, 4, 3)
+        return Blocks(64, 64, 4, 2)
     if element_size == 4:
         return Blocks(32, 32, 8, 1) if head_dim <= 128 else Blocks(16, 16, 8, 1)
     if head_dim <= 64:
