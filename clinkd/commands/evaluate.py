@@ -39,6 +39,7 @@ def compare(
     ],
     protocol: Annotated[str, typer.Option("--protocol", help="bird, clinkd or strict")] = "clinkd",
     meteor: Annotated[str, typer.Option("--meteor", help="jar, python or auto")] = "auto",
+    spice: Annotated[bool, typer.Option("--spice", help="SPICE's jar for RC")] = False,
     form: Annotated[
         str, typer.Option("--format", help="markdown, latex, csv or json")
     ] = "markdown",
@@ -64,16 +65,21 @@ def compare(
     if len(rows) < len(runs):
         raise ConfigError("the same run is named twice")
     models = {
-        name: score_model(mine, rules, label=name, meteor=metric, bootstrap=bootstrap)
+        name: score_model(mine, rules, label=name, meteor=metric, spice=spice, bootstrap=bootstrap)
         for name, mine in rows.items()
     }
     first, *others = rows
     pairs = {
-        name: compare_rows(rows[first], rows[name], rules, meteor=metric, bootstrap=bootstrap)
+        name: compare_rows(
+            rows[first], rows[name], rules, meteor=metric, spice=spice, bootstrap=bootstrap
+        )
         for name in others
     }
     if form == "json":
-        typer.echo(json.dumps({"protocol": protocol, "models": models, "pairs": pairs}, indent=2))
+        result = {"protocol": protocol, "models": models, "pairs": pairs}
+        if published:
+            result["published"] = json.loads(render(models_by_task({}, published=True), "json"))
+        typer.echo(json.dumps(result, indent=2))
         return
     tables = [models_by_task(models, published=published)]
     tables += [tasks_by_modality(model) for model in models.values()]
@@ -156,7 +162,7 @@ def _show(
     console.print("")
     console.print(f"protocol {protocol}:")
     for note in notes:
-        if protocol in note.split(":")[0] or note.startswith("all"):
+        if protocol in note:
             console.print(f"- {note}")
     if bad:
         console.print(f"{len(bad)} malformed lines left out:")

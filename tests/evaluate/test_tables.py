@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 import typer
@@ -101,9 +102,29 @@ def test_compare_prints_tables_and_pairs(runs):
     found = runner.invoke(app, [*runs, "--meteor", "python"])
     assert found.exit_code == 0, found.output
     assert "ROC Recall: +50.00 (n 40" in found.output
-    found = runner.invoke(app, [*runs, "--meteor", "python", "--format", "json"])
-    assert json.loads(found.output)["pairs"][runs[1]]["ROC"]["difference"] == 50
+    found = runner.invoke(app, [*runs, "--meteor", "python", "--format", "json", "--published"])
+    found = json.loads(found.output)
+    assert found["pairs"][runs[1]]["ROC"]["difference"] == 50
+    assert found["published"]["rows"][0]["MIA"] == 11.2
     found = runner.invoke(app, [runs[0], runs[0]])
     assert isinstance(found.exception, ConfigError)
     found = runner.invoke(app, [runs[0], runs[1] + "/none"])
     assert isinstance(found.exception, DataError)
+
+
+@pytest.mark.parametrize("name", ["bird", "clinkd", "strict"])
+def test_evaluate_says_on_its_page_what_its_protocol_does(runs, name, capsys):
+    command.evaluate_file(
+        Path(runs[0]) / "predictions.jsonl",
+        reference=None,
+        protocol=name,
+        task=None,
+        meteor="python",
+        spice=False,
+        skip_bad=False,
+        as_json=False,
+    )
+    page = capsys.readouterr().out
+    assert "means over eight modalities" in page
+    assert f"protocol {name}:" in page
+    assert ("mBMR is the mean of six" in page) == (name != "strict")
