@@ -45,7 +45,7 @@ def llava_med(
             asked, said, max_new_tokens=max_new_tokens, meteor=meteor_metric(meteor)
         )
     else:
-        from clinkd.evaluate.judge import Judge, judge_scores
+        from clinkd.pipeline.judge import Judge, judge_scores
 
         settings = _settings(judge)
         cache = Path(settings.cache) if settings.cache else cache

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from clinkd.commands.llava_med import llava_med
 from clinkd.errors import ConfigError, DataError, SetupError
-from clinkd.evaluate.judge import Judge, judge_scores, read_grades
 from clinkd.evaluate.llava_med import ngram_scores, read_answers, read_questions
+from clinkd.pipeline.judge import Judge, judge_scores, read_grades
 from clinkd.train.correction.settings import CorrectorSettings
 
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
