@@ -1,5 +1,7 @@
 """Checks at the door of the ops: name the argument, what it must be, what it was."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,33 @@ def check_labels(labels: Tensor, rows: int) -> None:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if labels.shape != (rows,):
         raise ValueError(f"labels must be [N] = [{rows}], got shape {tuple(labels.shape)}")
+
+
+def check_rows(student: Tensor, teacher: Tensor, labels: Tensor, ignore_index: int) -> None:
+    """With CLINKD_CHECK=1, raise at the first row that would give NaN; the host waits for it.
+
+    Raises:
+        ValueError: NaN, no finite maximum, or a label out of range, in a row that counts.
+    """
+    if os.environ.get("CLINKD_CHECK") != "1":
+        return
+    counts = labels != ignore_index
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.shape[1]:
+            _first(f"{name} must have no NaN", counts & logits.isnan().any(dim=1))
+            top = logits.amax(dim=1)
+            _first(f"{name} must have a finite maximum", counts & ~top.isfinite())
+    outside = (labels < 0) | (labels >= student.shape[1])
+    _first(
+        f"labels must be {ignore_index} or in 0 … {student.shape[1] - 1}, the student's vocabulary",
+        counts & outside,
+    )
+
+
+def _first(rule: str, wrong: Tensor) -> None:
+    rows = wrong.nonzero()
+    if len(rows):
+        raise ValueError(f"{rule}: row {int(rows[0])} has, and {len(rows) - 1} more")
 
 
 def check_options(

@@ -5,8 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clinkd.ops._checks import check_float, check_labels, check_options
+from clinkd.ops._checks import check_float, check_labels, check_options, check_rows
+from clinkd.ops._impl import resolve_impl
+from clinkd.ops._kd_loss_native import TYPES, operator_options
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
+from clinkd.ops.rotary import built
+
+IMPLS = ("auto", "reference", "cpu", "cuda")
 
 
 class KDLoss(NamedTuple):
@@ -34,6 +39,7 @@ def kd_loss(
     weight: Tensor | None = None,
     num_items: Tensor | int | None = None,
     softcap: float | None = None,
+    impl: str = "auto",
 ) -> KDLoss:
     """The distillation loss of logits, see `clinkd.ops.reference.kd_loss` for the formula.
 
@@ -49,9 +55,16 @@ def kd_loss(
         num_items: divisor of the sum over tokens; default: the number of labelled tokens. Give the
             count of the whole optimiser step where batches are accumulated or sharded.
         softcap: Gemma's logit cap, in both models.
+        impl: "auto", "reference", "cpu" or "cuda". The kernels read both logits once for the loss
+            and once for the gradient, and keep seven numbers a row between the two; logits of two
+            dtypes are widened to the larger first.
+
+    With CLINKD_CHECK=1 in the environment a row without a finite maximum, with a NaN or a label out
+    of range is an error that names it; without, it gives NaN.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: an explicit `impl` that cannot run here.
     """
     check_float("student_logits", student_logits, 2, "[N, Vs]")
     check_float("teacher_logits", teacher_logits, 2, "[N, Vt]")
@@ -62,18 +75,47 @@ def kd_loss(
             f"got shape {tuple(teacher_logits.shape)}"
         )
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
-    ce, kd = kd_loss_rows(
-        student_logits,
-        teacher_logits,
-        labels,
-        temperature=temperature,
-        divergence=divergence,
-        beta=beta,
-        skew=skew,
-        ignore_index=ignore_index,
-        softcap=softcap,
-    )
+    check_rows(student_logits, teacher_logits, labels, ignore_index)
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    impl = resolve_impl(impl, IMPLS, native_impl(labels.device), why_not, labels.device, dtype)
+    if impl == "reference":
+        ce, kd = kd_loss_rows(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=temperature,
+            divergence=divergence,
+            beta=beta,
+            skew=skew,
+            ignore_index=ignore_index,
+            softcap=softcap,
+        )
+    else:
+        options = operator_options(temperature, divergence, beta, skew, ignore_index, softcap, impl)
+        teacher = teacher_logits.detach().to(dtype)
+        ce, kd, _ = torch.ops.clinkd.kd_rows(student_logits.to(dtype), teacher, labels, *options)
     return reduce_rows(ce, kd, labels, kd_weight, ignore_index, weight, num_items)
+
+
+def native_impl(device: torch.device) -> str:
+    """What "auto" takes on a device, unless `why_not` speaks against it."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an implementation cannot run for such logits; None where it can."""
+    if impl == "reference":
+        return None
+    if device.type != impl:
+        return f"it takes {impl} tensors, got {device.type}"
+    if dtype not in TYPES:
+        return f"it takes float32, float16 and bfloat16, got {dtype}"
+    if not built(f"kd_statistics_{impl}"):
+        return (
+            f"this installation has no kd_loss for {impl}: clinkd._C was built without it, or not "
+            "built"
+        )
+    return None
 
 
 def reduce_rows(

@@ -1,16 +1,21 @@
-"""The distillation loss from hidden states: only a chunk of the logits exists at a time."""
+"""The distillation loss from hidden states: a chunk of the logits exists at a time, or none."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from clinkd.ops._checks import check_float, check_labels, check_options
-from clinkd.ops.kd_loss import KDLoss, default_num_items
+from clinkd.ops._checks import check_float, check_labels, check_options, check_rows
+from clinkd.ops._impl import resolve_impl, why_not_triton
+from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
+from clinkd.ops._linear_kd_triton import DIVERGENCES as ONE_WALK
+from clinkd.ops._linear_kd_triton import LinearKDTriton
+from clinkd.ops.kd_loss import IMPLS, KDLoss, default_num_items, native_impl, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
 WORKSPACE_BYTES = 512 << 20  # of logits at a time, student's and teacher's together
-LEAST_ROWS = 256  # fewer rows a chunk would only reread the weights
+LEAST_ROWS = {False: 64, True: 256}  # on a GPU: fewer would only reread the weights
 
 
 def linear_kd_loss(
@@ -32,6 +37,7 @@ def linear_kd_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     workspace: int | str = "auto",
+    impl: str = "auto",
 ) -> KDLoss:
     """`kd_loss` of `hidden @ weight.T + bias`, in row chunks; ignored rows are dropped first.
 
@@ -43,12 +49,16 @@ def linear_kd_loss(
         labels: [N] int64, already shifted.
         student_bias: [Vs].
         teacher_bias: [Vt].
-        workspace: bytes that the logits of a chunk may take, or "auto" (512 MB, at least 256 rows).
+        workspace: bytes that the logits of a chunk may take, or "auto" (512 MB, at least 256 rows
+            on a GPU, 64 elsewhere). 0: no logit is stored at all; Triton kernels make them tile by
+            tile, twice, for forward_kl and reverse_kl.
+        impl: of the row kernel between the matrix products, as for `kd_loss`.
 
     The other arguments are those of `kd_loss`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
+        RuntimeError: an explicit `impl`, or `workspace=0`, that cannot run here.
     """
     rows = student_hidden.shape[0]
     for name, hidden, head in (
@@ -70,15 +80,7 @@ def linear_kd_loss(
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
     count = default_num_items(labels, ignore_index) if num_items is None else num_items
     kept = (labels != ignore_index).nonzero().squeeze(1)
-    options = {
-        "temperature": temperature,
-        "divergence": divergence,
-        "beta": beta,
-        "skew": skew,
-        "ignore_index": ignore_index,
-        "softcap": softcap,
-    }
-    loss, parts = _LinearKDLoss.apply(
+    tensors = (
         student_hidden[kept],
         student_weight,
         student_bias,
@@ -88,22 +90,37 @@ def linear_kd_loss(
         labels[kept],
         None if weight is None else weight[kept],
         kd_weight,
-        options,
-        _chunk_rows(workspace, student_weight, teacher_weight),
     )
+    device, dtype = labels.device, student_hidden.dtype
+    if workspace == 0:
+        if divergence not in ONE_WALK:
+            raise ValueError(
+                f"workspace must be above 0 for {divergence}: it needs both distributions before "
+                f"its sum; 0 takes {' and '.join(ONE_WALK)}"
+            )
+        if reason := why_not_triton(device, dtype):
+            raise RuntimeError(f"workspace=0 cannot run here: {reason}")
+        loss, parts = LinearKDTriton.apply(
+            *tensors, temperature, divergence == "reverse_kl", softcap
+        )
+    else:
+        wide = torch.promote_types(dtype, teacher_hidden.dtype)
+        impl = resolve_impl(impl, IMPLS, native_impl(device), why_not, device, wide)
+        rows = _chunk_rows(workspace, student_weight, teacher_weight)
+        kind = (temperature, divergence, beta, skew, ignore_index, softcap, impl)
+        loss, parts = _LinearKDLoss.apply(*tensors, kind, rows)
     parts = parts.detach() / count
     return KDLoss(loss / count, parts[0], parts[1])
 
 
 def _chunk_rows(workspace: int | str, student_weight: Tensor, teacher_weight: Tensor) -> int:
-    columns = student_weight.shape[0] + teacher_weight.shape[0]
+    row = sum(w.shape[0] * w.element_size() for w in (student_weight, teacher_weight))
     if workspace == "auto":
-        return max(LEAST_ROWS, WORKSPACE_BYTES // (4 * columns))
-    if not isinstance(workspace, int) or workspace <= 0:
-        raise ValueError(
-            f"workspace must be a number of bytes above 0 or 'auto', got {workspace!r}"
-        )
-    return max(1, workspace // (4 * columns))
+        least = LEAST_ROWS[student_weight.device.type == "cuda"]
+        return max(least, WORKSPACE_BYTES // row)
+    if not isinstance(workspace, int) or workspace < 0:
+        raise ValueError(f"workspace must be a number of bytes, 0 or 'auto', got {workspace!r}")
+    return max(1, workspace // row)
 
 
 class _LinearKDLoss(torch.autograd.Function):
@@ -121,7 +138,7 @@ class _LinearKDLoss(torch.autograd.Function):
         labels: Tensor,
         weight: Tensor | None,
         kd_weight: float,
-        options: dict[str, Any],
+        kind: tuple[Any, ...],
         chunk_rows: int,
     ) -> tuple[Tensor, Tensor]:
         needs = ctx.needs_input_grad[:3]
@@ -135,24 +152,27 @@ class _LinearKDLoss(torch.autograd.Function):
         for start in range(0, student_hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             hidden = student_hidden[rows]
-            logits = torch.nn.functional.linear(hidden, student_weight, student_bias)
-            target = torch.nn.functional.linear(teacher_hidden[rows], teacher_weight, teacher_bias)
-            with torch.set_grad_enabled(any(needs)):
-                logits = logits.detach().requires_grad_(any(needs))
-                ce, kd = kd_loss_rows(logits, target, labels[rows], **options)
-                if weight is not None:
-                    ce, kd = ce * weight[rows], kd * weight[rows]
-                loss = (ce.sum() + kd_weight * kd.sum()) / (1 + kd_weight)
-            parts += torch.stack([ce.detach().sum(), kd.detach().sum()])
-            if not any(needs):
+            found, grad = _chunk(
+                F.linear(hidden, student_weight, student_bias),
+                F.linear(teacher_hidden[rows], teacher_weight, teacher_bias),
+                labels[rows],
+                None if weight is None else weight[rows],
+                kd_weight,
+                kind,
+                any(needs),
+            )
+            parts += found
+            if grad is None:
                 continue
-            (grad,) = torch.autograd.grad(loss, logits)
             if grads[0] is not None:
                 grads[0][rows] = grad @ student_weight
             if grads[1] is not None:
-                grads[1] += (grad.T @ hidden).to(compute)
+                if grad.dtype == compute:
+                    grads[1].addmm_(grad.T, hidden)
+                else:
+                    grads[1] += grad.T @ hidden
             if grads[2] is not None:
-                grads[2] += grad.sum(dim=0)
+                grads[2] += grad.sum(dim=0, dtype=compute)
         ctx.save_for_backward(*(g for g in grads if g is not None))
         ctx.present = [g is not None for g in grads]
         ctx.dtypes = [None if t is None else t.dtype for t in inputs]
@@ -167,3 +187,42 @@ class _LinearKDLoss(torch.autograd.Function):
             for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
         ]
         return (*grads, *([None] * 8))
+
+
+def _chunk(
+    logits: Tensor,
+    target: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    kd_weight: float,
+    kind: tuple[Any, ...],
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of CE and KD [2], and the gradient of the logits, which may take their place."""
+    temperature, divergence, beta, skew, ignore_index, softcap, impl = kind
+    check_rows(logits, target, labels, ignore_index)
+    if impl == "reference":
+        with torch.set_grad_enabled(needs_grad):
+            logits = logits.detach().requires_grad_(needs_grad)
+            ce, kd = kd_loss_rows(
+                logits, target, labels, temperature=temperature, divergence=divergence,
+                beta=beta, skew=skew, ignore_index=ignore_index, softcap=softcap,
+            )  # fmt: skip
+            if weight is not None:
+                ce, kd = ce * weight, kd * weight
+            loss = (ce.sum() + kd_weight * kd.sum()) / (1 + kd_weight)
+        parts = torch.stack([ce.detach().sum(), kd.detach().sum()])
+        return parts, torch.autograd.grad(loss, logits)[0] if needs_grad else None
+    dtype = logits.dtype
+    wide = torch.promote_types(dtype, target.dtype)
+    logits, target = logits.to(wide), target.to(wide)
+    options = operator_options(*kind)
+    ce, kd, statistics = torch.ops.clinkd.kd_rows(logits, target, labels, *options)
+    factor = torch.full_like(ce, 1 / (1 + kd_weight))
+    if weight is not None:
+        ce, kd, factor = ce * weight, kd * weight, factor * weight
+    parts = torch.stack([ce.sum(), kd.sum()])
+    if not needs_grad:
+        return parts, None
+    gradient_in_place(factor, factor * kd_weight, logits, target, labels, statistics, *options)
+    return parts, logits.to(dtype)

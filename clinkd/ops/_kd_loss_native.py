@@ -1,0 +1,163 @@
+"""The operators of the distillation loss over given logits: schema, shapes, autograd."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clinkd.ops.reference.kd_loss import DIVERGENCES
+
+STATISTICS = 7  # kStatistics of csrc/kd_loss.h
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # KDType of csrc/kd_loss.h
+LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
+_OPTIONS = "float temperature, int divergence, float mix, int ignore_index, float softcap, str impl"
+torch.library.define(
+    "clinkd::kd_rows",
+    f"(Tensor student, Tensor teacher, Tensor labels, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    lib=LIBRARY,
+)
+torch.library.define(
+    "clinkd::kd_rows_backward",
+    "(Tensor ce_factor, Tensor kd_factor, Tensor student, Tensor teacher, Tensor labels, "
+    f"Tensor statistics, {_OPTIONS}) -> Tensor",
+    lib=LIBRARY,
+)
+
+
+def gradient_in_place(
+    ce_factor: Tensor,
+    kd_factor: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    statistics: Tensor,
+    *options: Any,
+) -> None:
+    """Write the gradient of the logits over them: `student` [N, Vs] has columns side by side."""
+    *numbers, impl = options
+    _launch("gradient", impl, student, teacher, labels, statistics, numbers,
+            factors=(ce_factor, kd_factor), grad=student)  # fmt: skip
+
+
+def _rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float,
+    divergence: int,
+    mix: float,
+    ignore_index: int,
+    softcap: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CE and KD of each row [N], and what the gradient needs [N, STATISTICS]; all float32."""
+    student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
+    numbers = (temperature, divergence, mix, ignore_index, softcap)
+    rows = student.shape[0]
+    ce, kd = (torch.empty(rows, dtype=torch.float32, device=student.device) for _ in range(2))
+    statistics = torch.empty(rows, STATISTICS, dtype=torch.float32, device=student.device)
+    _launch("statistics", impl, student, teacher, labels, statistics, numbers, sums=(ce, kd))
+    return ce, kd, statistics
+
+
+def _rows_backward(
+    ce_factor: Tensor,
+    kd_factor: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    statistics: Tensor,
+    *options: Any,
+) -> Tensor:
+    *numbers, impl = options
+    student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    _launch("gradient", impl, student, teacher, labels, statistics, numbers,
+            factors=(ce_factor, kd_factor), grad=grad)  # fmt: skip
+    return grad
+
+
+def _launch(
+    part: str,
+    impl: str,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    statistics: Tensor,
+    numbers: Any,
+    sums: tuple[Tensor, Tensor] | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+    grad: Tensor | None = None,
+) -> None:
+    """Run one of the two kernels; see `KDArgs` in csrc/kd_loss.h."""
+    if student.shape[0] == 0:
+        return
+    labels = labels.contiguous()
+    given = [t.to(torch.float32).contiguous() for t in factors or ()]  # kept alive
+    ce, kd = (0, 0) if sums is None else (t.data_ptr() for t in sums)
+    first, second = (t.data_ptr() for t in given) if given else (0, 0)
+    out = 0 if grad is None else grad.data_ptr()
+    inputs = (student.data_ptr(), teacher.data_ptr(), labels.data_ptr())
+    places = (*inputs, ce, kd, statistics.data_ptr(), first, second, out)
+    sizes = (student.shape[0], student.shape[1], teacher.shape[1])
+    strides = (student.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0))
+    temperature, divergence, mix, ignore_index, softcap = numbers
+    extension = importlib.import_module("clinkd._C")
+    run = getattr(extension, f"kd_{part}_{impl}")
+    arguments = (places, sizes + strides, ignore_index, temperature, mix, softcap, divergence)
+    if impl == "cpu":
+        run(*arguments, TYPES[student.dtype], torch.get_num_threads())
+        return
+    with torch.cuda.device(student.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        error = run(*arguments, TYPES[student.dtype], stream)
+    if error:
+        raise RuntimeError(f"the distillation loss's kernel could not start: CUDA error {error}")
+
+
+def _fake(student: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = student.shape[0]
+    ce, kd = (student.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return ce, kd, student.new_empty(rows, STATISTICS, dtype=torch.float32)
+
+
+def _fake_backward(ce_factor: Tensor, kd_factor: Tensor, student: Tensor, *_: Any) -> Tensor:
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, teacher, labels, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(student, teacher, labels, output[2])
+
+
+def _backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor, _: Tensor) -> tuple[Any, ...]:
+    student, teacher, labels, statistics = ctx.saved_tensors
+    grad = torch.ops.clinkd.kd_rows_backward(
+        grad_ce, grad_kd, student, teacher, labels, statistics, *ctx.options
+    )
+    return (grad, *[None] * 8)
+
+
+_KEY = "CompositeExplicitAutograd"
+torch.library.impl("clinkd::kd_rows", _KEY, _rows, lib=LIBRARY)
+torch.library.impl("clinkd::kd_rows_backward", _KEY, _rows_backward, lib=LIBRARY)
+torch.library.register_fake("clinkd::kd_rows", _fake, lib=LIBRARY)
+torch.library.register_fake("clinkd::kd_rows_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("clinkd::kd_rows", _backward, setup_context=_save, lib=LIBRARY)
+
+
+def operator_options(
+    temperature: float,
+    divergence: str,
+    beta: float,
+    skew: float,
+    ignore_index: int,
+    softcap: float | None,
+    impl: str,
+) -> tuple[float, int, float, int, float, str]:
+    """The options as the operators take them."""
+    mix = beta if divergence == "jsd" else skew
+    kind = DIVERGENCES.index(divergence)
+    return (temperature, kind, mix, ignore_index, softcap or 0.0, impl)
