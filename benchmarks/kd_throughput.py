@@ -1,0 +1,264 @@
+"""Time and memory of the distillation loss beside what people use now, on whatever machine.
+
+    python -m benchmarks.kd_throughput [--rows 512,4096] [--temperature 2] [--output folder]
+
+Forward and backward, V = 151,936. Every result is checked before it is timed; contenders run in
+turn and the median counts. `kd_loss` takes logits; `linear_kd_loss` hidden states, with all rows
+labelled and with every tenth. Prints one JSON object a line, then a table; with `--output` also
+writes kd_throughput.jsonl and kd_throughput.png.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clinkd.ops import kd_loss, linear_kd_loss
+
+VOCABULARY = 151_936
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+def eager(z: Tensor, t: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """As trainers write it: softmax of both in float32, `kl_div`, cross-entropy."""
+    z, t = z.float(), t.float()
+    counts = labels != -100
+    ce = F.cross_entropy(z, labels, ignore_index=-100)
+    rows = F.kl_div(
+        F.log_softmax(z / temperature, dim=-1),
+        F.log_softmax(t / temperature, dim=-1),
+        log_target=True,
+        reduction="none",
+    ).sum(-1)
+    kd = temperature**2 * (rows * counts).sum() / counts.sum()
+    return (ce + 0.5 * kd) / 1.5
+
+
+def time_in_turn(steps: dict[str, Step], device: torch.device, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each; at least 3 rounds, at most `seconds` in all."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 3 or (rounds < 50 and time.perf_counter() < deadline):
+        for name, step in steps.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - begin) * 1e3)
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_mib(step: Step, device: torch.device) -> float:
+    """Most memory that a step adds. On the CPU: what torch's allocator was asked for at a time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    held = peak = 0
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return round(peak / 2**20, 1)
+
+
+def check(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """A wrong result is not timed: relative error of the loss and of each gradient, as norms."""
+    allowed = 1e-4 if found[-1].dtype == torch.float32 else 3e-2
+    for a, e in zip(found, expected, strict=True):
+        error = ((a.float() - e.float()).norm() / e.float().norm()).item()
+        if not error <= allowed:
+            raise SystemExit(f"{name}: off by {error:.3g}, allowed {allowed:.3g}; not timed")
+
+
+def with_gradient(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Step:
+    def step() -> tuple[Tensor, ...]:
+        loss = forward()
+        return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+    return step
+
+
+def of_logits(
+    rows: int, temperature: float, dtype: torch.dtype, device: torch.device
+) -> dict[str, Step]:
+    """Contenders of `kd_loss`."""
+    z = torch.randn(rows, VOCABULARY, device=device).to(dtype).requires_grad_()
+    t = torch.randn(rows, VOCABULARY, device=device).to(dtype)
+    labels = torch.randint(0, VOCABULARY, (rows,), device=device)
+    compiled = torch.compile(eager)
+    forwards: dict[str, Callable[[], Tensor]] = {
+        "clinkd": lambda: kd_loss(z, t, labels, temperature=temperature).loss,
+        "eager": lambda: eager(z, t, labels, temperature),
+        "torch.compile": lambda: compiled(z, t, labels, temperature),
+    }
+    return {name: with_gradient(forward, [z]) for name, forward in forwards.items()}
+
+
+def of_hidden(
+    rows: int,
+    every: int,
+    sizes: tuple[int, int],
+    temperature: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Step]:
+    """Contenders of `linear_kd_loss`; one row in `every` is labelled."""
+    hidden, teacher = (torch.randn(rows, C, device=device).to(dtype) for C in sizes)
+    weight, head = ((torch.randn(VOCABULARY, C, device=device) * 0.03).to(dtype) for C in sizes)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    labels = torch.randint(0, VOCABULARY, (rows,), device=device)
+    labels[torch.arange(rows, device=device) % every != 0] = -100
+
+    def plain(loss: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        return lambda: loss(hidden @ weight.T, teacher @ head.T, labels, temperature)
+
+    def ours(**more: Any) -> Callable[[], Tensor]:
+        options = {"temperature": temperature, **more}
+        return lambda: linear_kd_loss(hidden, weight, teacher, head, labels, **options).loss
+
+    forwards = {
+        "clinkd": ours(),
+        "eager": plain(eager),
+        "torch.compile": plain(torch.compile(eager)),
+    }
+    if device.type == "cuda":
+        forwards["clinkd workspace=0"] = ours(workspace=0)
+    leaves = [hidden, weight]
+    return {name: with_gradient(forward, leaves) for name, forward in forwards.items()}
+
+
+def liger_step(
+    rows: int,
+    sizes: tuple[int, int],
+    temperature: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Step:
+    """Liger's chunked distillation loss (JSD of beta 0, its forward KL), CE beside it."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    hidden, teacher = (torch.randn(rows, C, device=device).to(dtype) for C in sizes)
+    weight, head = ((torch.randn(VOCABULARY, C, device=device) * 0.03).to(dtype) for C in sizes)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    labels = torch.randint(0, VOCABULARY, (rows,), device=device)
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=2 / 3, weight_soft_loss=1 / 3, beta=0.0, temperature=temperature
+    )
+
+    def forward() -> Tensor:
+        found = loss(hidden, weight, teacher, head, labels)
+        return found[0] if isinstance(found, tuple) else found
+
+    return with_gradient(forward, [hidden, weight])
+
+
+def draw(results: list[dict[str, Any]], target: Path) -> None:
+    """Milliseconds over rows, one panel an op."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ops = list(dict.fromkeys(r["op"] for r in results))
+    figure, axes = pyplot.subplots(1, len(ops), figsize=(5 * len(ops), 4), squeeze=False)
+    for axis, op in zip(axes[0], ops, strict=True):
+        for name in dict.fromkeys(r["name"] for r in results if r["op"] == op):
+            points = [(r["rows"], r["ms"]) for r in results if (r["op"], r["name"]) == (op, name)]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(title=op, xlabel="rows", ylabel="ms", xscale="log", yscale="log")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--rows", default="512,2048,8192" if cuda else "256,1024")
+    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--student", type=int, default=1536, help="hidden size of the student")
+    parser.add_argument("--teacher", type=int, default=3584 if cuda else 1536)
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--ops", default="logits,hidden,tenth")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each size and op")
+    parser.add_argument("--output", type=Path, help="folder for the lines and the plot")
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    machine = {
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "temperature": args.temperature,
+        "torch": torch.__version__,
+    }
+    sizes = (args.student, args.teacher)
+    results: list[dict[str, Any]] = []
+    for op in args.ops.split(","):
+        for rows in map(int, args.rows.split(",")):
+            torch.manual_seed(0)
+            if op == "logits":
+                steps = of_logits(rows, args.temperature, dtype, device)
+            else:
+                every = 10 if op == "tenth" else 1
+                steps = of_hidden(rows, every, sizes, args.temperature, dtype, device)
+            expected = steps["eager"]()
+            for name, step in steps.items():
+                check(name, step(), expected)
+            del expected
+            if op == "hidden" and cuda and importlib.util.find_spec("liger_kernel"):
+                steps["Liger"] = liger_step(rows, sizes, args.temperature, dtype, device)
+                steps["Liger"]()
+            times = time_in_turn(steps, device, args.seconds)
+            for name, ms in times.items():
+                row = {"op": op, "rows": rows, "name": name, "ms": round(ms, 3)}
+                row["x_clinkd"] = round(ms / times["clinkd"], 2)
+                row["peak_mib"] = peak_mib(steps[name], device)
+                results.append({**row, **machine})
+                print(json.dumps(results[-1]), flush=True)
+            del steps
+    print(f"\n{'op':10}{'rows':>7}  {'who':22}{'ms':>11}{'x clinkd':>10}{'peak MiB':>11}")
+    for r in results:
+        print(
+            f"{r['op']:10}{r['rows']:>7}  {r['name']:22}{r['ms']:>11.2f}{r['x_clinkd']:>10.2f}"
+            f"{r['peak_mib']:>11.0f}"
+        )
+    print(f"largest resident set {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
+    sys.stdout.flush()
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(r) + "\n" for r in results)
+        (args.output / "kd_throughput.jsonl").write_text(lines)
+        draw(results, args.output / "kd_throughput.png")
+
+
+if __name__ == "__main__":
+    main()
