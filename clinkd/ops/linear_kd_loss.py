@@ -167,26 +167,38 @@ class _LinearKDLoss(torch.autograd.Function):
             if grads[0] is not None:
                 grads[0][rows] = grad @ student_weight
             if grads[1] is not None:
-                if grad.dtype == compute:
-                    grads[1].addmm_(grad.T, hidden)
-                else:
-                    grads[1] += grad.T @ hidden
+                _add_product(grads[1], grad.T, hidden)
             if grads[2] is not None:
                 grads[2] += grad.sum(dim=0, dtype=compute)
-        ctx.save_for_backward(*(g for g in grads if g is not None))
+        ctx.save_for_backward(
+            *(
+                grad.to(tensor.dtype)
+                for grad, tensor in zip(grads, inputs, strict=True)
+                if grad is not None and tensor is not None
+            )
+        )
         ctx.present = [g is not None for g in grads]
-        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
         return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        grads = [
-            (next(saved) * grad_loss).to(dtype) if present else None
-            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
-        ]
+        grads = []
+        for present in ctx.present:
+            grad = next(saved) if present else None
+            grads.append(None if grad is None else grad * grad_loss.to(grad.dtype))
         return (*grads, *([None] * 8))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to a float32 total, without a product of its own where the device can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _chunk(

@@ -87,9 +87,11 @@ def test_extreme_logits(divergence):
     # the reverse form subtracts log-ratios of 1e4, which float32 holds to 1e-3
     slack = 1e-3 if divergence == "reverse_kl" else 0.0
     compare(z, t, labels, slack, divergence=divergence)
+    if divergence == "reverse_kl":
+        return  # plain torch has no gradient there
     z[:, 7], t[:, 7] = -torch.inf, -torch.inf  # as where both models mask a token
     labels[labels == 7] = 8
-    compare(z, t, labels, slack, divergence=divergence, temperature=2.0)
+    compare(z, t, labels, divergence=divergence, temperature=2.0)
 
 
 def test_a_row_that_is_wrong_gives_nan_alone():

@@ -104,7 +104,7 @@ def test_extreme_logits():
         plain = run_exact(student, teacher, *options, torch.float32)
         for a, e, p in zip(found, exact, plain, strict=True):
             # a float32 logit of 1e4 is itself uncertain by 1e-3
-            assert (a - e).abs().max() <= max(2 * (p - e).abs().max(), 1e-5 * e.abs().max())
+            assert (a - e).abs().max() <= max(2 * (p - e).abs().max(), 1e-4 * e.abs().max())
 
 
 def test_no_rows():
