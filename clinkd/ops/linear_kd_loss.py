@@ -167,7 +167,10 @@ class _LinearKDLoss(torch.autograd.Function):
             if grads[0] is not None:
                 grads[0][rows] = grad @ student_weight
             if grads[1] is not None:
-                _add_product(grads[1], grad.T, hidden)
+                if grad.dtype == compute:
+                    grads[1].addmm_(grad.T, hidden)
+                else:
+                    grads[1] += grad.T @ hidden
             if grads[2] is not None:
                 grads[2] += grad.sum(dim=0, dtype=compute)
         ctx.save_for_backward(
@@ -189,16 +192,6 @@ class _LinearKDLoss(torch.autograd.Function):
             grad = next(saved) if present else None
             grads.append(None if grad is None else grad * grad_loss.to(grad.dtype))
         return (*grads, *([None] * 8))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to a float32 total, without a product of its own where the device can."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
 
 
 def _chunk(
