@@ -203,10 +203,12 @@ def fingerprints(config: RunConfig, inputs: dict[str, str]) -> dict[str, str]:
     """
     whole = config.model_dump(mode="json")
     demo_scorer = {k: whole["generate"][k] for k in ("scorer", "scorer_steps")}
+    # teacher and student answer with them too, for labels and for correction
+    answers = {k: whole["generate"][k] for k in ("max_new_tokens", "length_penalty", "batch_size")}
     parts: dict[str, Any] = {
         "prepare": [inputs, whole["seed"], whole["data"], whole["model"], demo_scorer],
         "teacher": whole["teacher"],
-        "pseudo-label": whole["distill"]["pseudo_labels"],
+        "pseudo-label": [whole["distill"]["pseudo_labels"], answers],
         "distill": whole["distill"],
         "correct": whole["correct"],
         "generate": whole["generate"],

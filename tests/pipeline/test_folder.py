@@ -89,6 +89,7 @@ def test_clear_removes_the_stage_alone(folder):
         ({"seed": 1}, "prepare"),
         ({"model": {"positions": {"preset": "gap2"}}}, "prepare"),
         ({"teacher": {"epochs": 7}}, "teacher"),
+        ({"generate": {"max_new_tokens": 33}}, "pseudo-label"),
         ({"distill": {"kd_weight": 0.1}}, "distill"),
         ({"correct": {"threshold": 0.7}}, "correct"),
         ({"generate": {"num_beams": 4}}, "generate"),
