@@ -255,7 +255,7 @@ def keys_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     if head_dim <= 64:
         return Blocks(64, 32, 4, 2)
     if head_dim < 128:
-        return Blocks(64, 32, 8, 2)
+        return Blocks(64, 32 if head_dim < 96 else 16, 8, 2)
     return Blocks(32, 32, 4, 2) if head_dim == 128 else Blocks(32, 16, 8, 1)
 
 
