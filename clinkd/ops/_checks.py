@@ -24,31 +24,46 @@ def check_labels(labels: Tensor, rows: int) -> None:
         raise ValueError(f"labels must be [N] = [{rows}], got shape {tuple(labels.shape)}")
 
 
-def check_rows(student: Tensor, teacher: Tensor, labels: Tensor, ignore_index: int) -> None:
-    """With CLINKD_CHECK=1, raise at the first row that would give NaN; the host waits for it.
+def checking() -> bool:
+    """Whether rows are looked at one by one (CLINKD_CHECK=1), for which the host waits."""
+    return os.environ.get("CLINKD_CHECK") == "1"
+
+
+def check_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    numbers: Tensor | None = None,
+) -> None:
+    """With CLINKD_CHECK=1, raise at the first row that would give NaN.
+
+    Args:
+        numbers: [N] the rows' numbers in what the caller was given; default 0, 1, ….
 
     Raises:
         ValueError: NaN, no finite maximum, or a label out of range, in a row that counts.
     """
-    if os.environ.get("CLINKD_CHECK") != "1":
+    if not checking():
         return
     counts = labels != ignore_index
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if logits.shape[1]:
-            _first(f"{name} must have no NaN", counts & logits.isnan().any(dim=1))
-            top = logits.amax(dim=1)
-            _first(f"{name} must have a finite maximum", counts & ~top.isfinite())
-    outside = (labels < 0) | (labels >= student.shape[1])
-    _first(
-        f"labels must be {ignore_index} or in 0 … {student.shape[1] - 1}, the student's vocabulary",
-        counts & outside,
-    )
+            nan = counts & logits.isnan().any(dim=1)
+            raise_first(f"{name} must have no NaN", nan, numbers)
+            flat = counts & ~logits.amax(dim=1).isfinite()
+            raise_first(f"{name} must have a finite maximum", flat, numbers)
+    outside = counts & ((labels < 0) | (labels >= student.shape[1]))
+    rule = f"labels must be {ignore_index} or in 0 … {student.shape[1] - 1}"
+    raise_first(f"{rule}, the student's vocabulary", outside, numbers)
 
 
-def _first(rule: str, wrong: Tensor) -> None:
-    rows = wrong.nonzero()
+def raise_first(rule: str, wrong: Tensor, numbers: Tensor | None) -> None:
+    """Raise where a row is wrong [N], naming the first by its number."""
+    rows = wrong.nonzero().squeeze(1)
     if len(rows):
-        raise ValueError(f"{rule}: row {int(rows[0])} has, and {len(rows) - 1} more")
+        first = int(rows[0] if numbers is None else numbers[rows[0]])
+        raise ValueError(f"{rule}: row {first} breaks it, and {len(rows) - 1} more")
 
 
 def check_options(

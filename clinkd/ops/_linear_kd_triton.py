@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinkd.ops._checks import checking, raise_first
+
 BANDS = 16  # of the vocabulary, each walked over by one program for each tile of rows
 BAND_BYTES = 32 << 20  # of the logits' gradient, one band at a time
 DIVERGENCES = ("forward_kl", "reverse_kl")  # whose sums need no other sum first
@@ -16,7 +18,8 @@ class LinearKDTriton(torch.autograd.Function):
     """Sums over rows; all rows count.
 
     Takes student hidden [N, Cs], weight [Vs, Cs], bias [Vs] or None; the teacher's three; labels
-    [N]; each row's weight [N] or None; kd_weight, temperature, reverse, softcap.
+    [N]; each row's weight [N] or None; its number for errors [N]; kd_weight, temperature,
+    reverse, softcap.
 
     Gives the loss, and CE and KD [2] which have no gradient, float32.
     """
@@ -32,6 +35,7 @@ class LinearKDTriton(torch.autograd.Function):
         teacher_bias: Tensor | None,
         labels: Tensor,
         weight: Tensor | None,
+        numbers: Tensor,
         kd_weight: float,
         temperature: float,
         reverse: bool,
@@ -52,6 +56,13 @@ class LinearKDTriton(torch.autograd.Function):
                 BANDS,
             )
             merged, ce, kd = _merge(found, temperature, reverse)
+            right = _in_vocabulary(labels, student_weight)
+            ce = torch.where(right, ce, torch.nan)
+            if checking():
+                rule = f"labels must be in 0 … {len(student_weight) - 1}, the student's vocabulary"
+                raise_first(rule, ~right, numbers)
+                rule = "logits of both models must have no NaN and a finite maximum"
+                raise_first(rule, ~(ce.isfinite() & ~kd.isnan()), numbers)
             if weight is not None:
                 ce, kd = ce * weight, kd * weight
             parts = torch.stack([ce.sum(), kd.sum()])
@@ -82,13 +93,14 @@ class LinearKDTriton(torch.autograd.Function):
             kernels = importlib.import_module("clinkd.kernels.linear_kd_loss")
             factor = (grad_loss / (1 + kd_weight)).expand(rows)
             factor = factor.contiguous() if weight is None else factor * weight
+            factor = torch.where(_in_vocabulary(labels, head), factor.float(), torch.nan)
             columns = max(128, BAND_BYTES // (student.element_size() * rows) // 128 * 128)
             buffer = student.new_empty(rows, min(columns, -(-V // 128) * 128))
             for begin in range(0, V, buffer.shape[1]):
                 kernels.gradient_band(
                     (_rows(student), _rows(head), bias),
                     (_rows(teacher), _rows(teacher_head), teacher_bias),
-                    labels, merged, factor.float(), buffer, begin,
+                    labels, merged, factor, buffer, begin,
                     temperature, kd_weight, reverse, softcap,
                 )  # fmt: skip
                 band = slice(begin, min(begin + buffer.shape[1], V))
@@ -100,7 +112,11 @@ class LinearKDTriton(torch.autograd.Function):
                 if grads[2] is not None:
                     grads[2][band] = grad.sum(dim=0, dtype=torch.float32).to(bias.dtype)
         first = sums.to(student.dtype) if needs[0] else None
-        return (first, grads[1], grads[2], *[None] * 9)
+        return (first, grads[1], grads[2], *[None] * 10)
+
+
+def _in_vocabulary(labels: Tensor, weight: Tensor) -> Tensor:
+    return (labels >= 0) & (labels < weight.shape[0])
 
 
 def _rows(x: Tensor) -> Tensor:

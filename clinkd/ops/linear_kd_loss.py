@@ -89,6 +89,7 @@ def linear_kd_loss(
         None if teacher_bias is None else teacher_bias.detach(),
         labels[kept],
         None if weight is None else weight[kept],
+        kept,
         kd_weight,
     )
     device, dtype = labels.device, student_hidden.dtype
@@ -137,6 +138,7 @@ class _LinearKDLoss(torch.autograd.Function):
         teacher_bias: Tensor | None,
         labels: Tensor,
         weight: Tensor | None,
+        numbers: Tensor,
         kd_weight: float,
         kind: tuple[Any, ...],
         chunk_rows: int,
@@ -157,6 +159,7 @@ class _LinearKDLoss(torch.autograd.Function):
                 F.linear(teacher_hidden[rows], teacher_weight, teacher_bias),
                 labels[rows],
                 None if weight is None else weight[rows],
+                numbers[rows],
                 kd_weight,
                 kind,
                 any(needs),
@@ -191,7 +194,7 @@ class _LinearKDLoss(torch.autograd.Function):
         for present in ctx.present:
             grad = next(saved) if present else None
             grads.append(None if grad is None else grad * grad_loss.to(grad.dtype))
-        return (*grads, *([None] * 8))
+        return (*grads, *([None] * 9))
 
 
 def _chunk(
@@ -199,13 +202,14 @@ def _chunk(
     target: Tensor,
     labels: Tensor,
     weight: Tensor | None,
+    numbers: Tensor,
     kd_weight: float,
     kind: tuple[Any, ...],
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums of CE and KD [2], and the gradient of the logits, which may take their place."""
     temperature, divergence, beta, skew, ignore_index, softcap, impl = kind
-    check_rows(logits, target, labels, ignore_index)
+    check_rows(logits, target, labels, ignore_index, numbers)
     if impl == "reference":
         with torch.set_grad_enabled(needs_grad):
             logits = logits.detach().requires_grad_(needs_grad)

@@ -213,3 +213,24 @@ def test_no_stored_logits_at_the_door():
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(found, expected, strict=True))
     with pytest.raises(ValueError, match="workspace must be above 0 for jsd"):
         linear_kd_loss(*arguments, divergence="jsd", workspace=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN in the interpreter
+@pytest.mark.parametrize("workspace", [0, 500, "auto"])
+def test_check_names_the_row_that_the_caller_gave(workspace, monkeypatch):
+    """Ignored rows are dropped, and rows are cut into chunks, before the logits exist."""
+    if workspace == 0 and (reason := why_not_triton(torch.device(DEVICE), torch.float32)):
+        pytest.skip(reason)
+    monkeypatch.setenv("CLINKD_CHECK", "1")
+    hidden, weight = torch.randn(12, 16, device=DEVICE), torch.randn(40, 16, device=DEVICE)
+    labels = torch.arange(12, device=DEVICE)
+    labels[:5] = -100
+    arguments = (hidden, weight, hidden.clone(), weight, labels)
+    linear_kd_loss(*arguments, workspace=workspace)
+    labels[9] = 40
+    with pytest.raises(ValueError, match=r"labels must be .*: row 9 breaks it, and 0 more"):
+        linear_kd_loss(*arguments, workspace=workspace)
+    labels[9] = 0
+    hidden[7, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"logits.* must have no NaN.*: row 7 breaks it"):
+        linear_kd_loss(*arguments, workspace=workspace)

@@ -32,8 +32,9 @@ def make(N, student, teacher, bias, dtype=torch.float32, size=0.3):
 def run(student, teacher, labels, weight, kd_weight, temperature, reverse, softcap):
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in student]
     loss, parts = LinearKDTriton.apply(
-        *leaves, *teacher, labels, weight, kd_weight, temperature, reverse, softcap
-    )
+        *leaves, *teacher, labels, weight, torch.arange(len(labels)), kd_weight, temperature,
+        reverse, softcap,
+    )  # fmt: skip
     (loss * 1.7).backward()
     return loss.detach(), parts, *(t.grad for t in leaves if t is not None)
 
@@ -124,3 +125,12 @@ def test_every_output_is_written(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
     *sides, labels, weight = make(19, (90, 33), (70, 32), False)
     assert all(t.isfinite().all() for t in run(*sides, labels, weight, 0.5, 2.0, False, None))
+
+
+def test_a_label_outside_is_nan_not_garbage():
+    student, teacher, labels, _ = make(6, (40, 16), (40, 16), False)
+    labels[2] = 40
+    loss, parts, grad, _ = run(student, teacher, labels, None, 0.5, 1.0, False, None)
+    assert loss.isnan()
+    assert parts[0].isnan()
+    assert grad.isnan().any(dim=1).tolist() == [False, False, True, False, False, False]
