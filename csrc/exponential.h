@@ -1,12 +1,10 @@
 // Exponential and logarithm of short vectors of float, to about 1e-7 relative.
 #pragma once
 
+#include "floats.h"
 #include "vectors.h"
 
 namespace clinkd {
-
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 // 2^y for y up to 127; 0 below -126.5; NaN stays NaN.
 template <int W>

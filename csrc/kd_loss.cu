@@ -1,8 +1,7 @@
 // Launch of the distillation loss's kernels.
 
-#include <cuda_runtime.h>
-
 #include "kd_loss_kernel.cuh"
+#include "launch.cuh"
 
 namespace clinkd {
 namespace {
@@ -18,46 +17,42 @@ bool whole_packs(const KDArgs& a) {
 }
 
 template <typename T, int V, int POWER>
-int launch(const KDArgs& a, bool gradient, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(a.rows));
-  if (gradient)
-    kd_gradient_kernel<T, V, POWER><<<grid, kKDThreads, 0, stream>>>(a);
-  else
-    kd_statistics_kernel<T, V, POWER><<<grid, kKDThreads, 0, stream>>>(a);
-  return static_cast<int>(cudaGetLastError());
+int run(const KDArgs& a, bool gradient, void* stream) {
+  const auto kernel =
+      gradient ? kd_gradient_kernel<T, V, POWER> : kd_statistics_kernel<T, V, POWER>;
+  return launch(kernel, dim3(static_cast<unsigned>(a.rows)), kKDThreads, stream, a);
 }
 
 template <typename T, int V>
-int with_power(const KDArgs& a, bool gradient, cudaStream_t stream) {
+int with_power(const KDArgs& a, bool gradient, void* stream) {
   const bool same = a.student_columns == a.teacher_columns;
-  if (same && a.temperature == 1.0f) return launch<T, V, 1>(a, gradient, stream);
-  if (same && a.temperature == 2.0f) return launch<T, V, 2>(a, gradient, stream);
-  return launch<T, V, 0>(a, gradient, stream);
+  if (same && a.temperature == 1.0f) return run<T, V, 1>(a, gradient, stream);
+  if (same && a.temperature == 2.0f) return run<T, V, 2>(a, gradient, stream);
+  return run<T, V, 0>(a, gradient, stream);
 }
 
 template <typename T>
-int with_width(const KDArgs& a, bool gradient, cudaStream_t stream) {
+int with_width(const KDArgs& a, bool gradient, void* stream) {
   if (whole_packs<T>(a)) return with_power<T, 16 / sizeof(T)>(a, gradient, stream);
   return with_power<T, 1>(a, gradient, stream);
 }
 
-int run(const KDArgs& a, bool gradient, void* stream) {
+int with_type(const KDArgs& a, bool gradient, void* stream) {
   if (a.rows == 0) return 0;
   if (a.rows > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
-  const auto s = static_cast<cudaStream_t>(stream);
   switch (a.type) {
-    case kKDFloat32:
-      return with_width<float>(a, gradient, s);
-    case kKDFloat16:
-      return with_width<__half>(a, gradient, s);
+    case kFloat32:
+      return with_width<float>(a, gradient, stream);
+    case kFloat16:
+      return with_width<__half>(a, gradient, stream);
     default:
-      return with_width<__nv_bfloat16>(a, gradient, s);
+      return with_width<__nv_bfloat16>(a, gradient, stream);
   }
 }
 
 }  // namespace
 
-int kd_statistics_cuda(const KDArgs& args, void* stream) { return run(args, false, stream); }
-int kd_gradient_cuda(const KDArgs& args, void* stream) { return run(args, true, stream); }
+int kd_statistics_cuda(const KDArgs& args, void* stream) { return with_type(args, false, stream); }
+int kd_gradient_cuda(const KDArgs& args, void* stream) { return with_type(args, true, stream); }
 
 }  // namespace clinkd

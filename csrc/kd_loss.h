@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
+#include "floats.h"
+
 namespace clinkd {
 
-enum KDType { kKDFloat32 = 0, kKDFloat16 = 1, kKDBFloat16 = 2 };
 enum KDDivergence { kForwardKL = 0, kReverseKL = 1, kJSD = 2, kSkewKL = 3 };
 
 // What the statistics pass leaves of a row for the gradient pass: of the student at temperature 1
@@ -40,7 +41,7 @@ struct KDArgs {
   float mix;      // JSD's beta, skew KL's skew
   float softcap;  // 0: none
   int divergence;
-  int type;     // of both logits and of the gradient
+  int type;     // FloatType of both logits and of the gradient
   float* ce;    // [rows], out of the statistics pass
   float* kd;    // [rows], likewise
   float* statistics;        // [rows, kStatistics], likewise

@@ -152,7 +152,7 @@ CLINKD_INLINE void row_statistics(const KDArgs& a, int64_t row) {
     const int count = int(std::min<int64_t>(kBlock, a.student_columns - begin));
     const float top = fill(student + begin, count, a.softcap, z);
     if (label >= begin && label < begin + count) picked = z[label - begin];
-    if (begin + count <= common || begin < common) {
+    if (begin < common) {
       const int shared = int(std::min<int64_t>(count, common - begin));
       const float before = soft.level() - target.level();
       const double owned = reverse ? soft.total : target.total;
@@ -210,7 +210,7 @@ CLINKD_INLINE void row_statistics(const KDArgs& a, int64_t row) {
       const F q = exp2<W>((load<W>(z + i) - found[kSoftTop]) * scale) * found[kSoftInverse];
       const F p = exp2<W>((load<W>(t + i) - found[kTargetTop]) * scale) * found[kTargetInverse];
       const F m = a.mix * p + (1.0f - a.mix) * q;
-      const F least = zero() + 1.2e-38f;
+      const F least = zero() + kLeast;
       const F p_ratio = log2<W>(p > least ? p : least) - log2<W>(m > least ? m : least);
       values += p > least ? p * p_ratio : zero();
       if (a.divergence == kJSD) {
@@ -266,7 +266,7 @@ CLINKD_INLINE void block_gradient(const KDArgs& a, const float* s, float ce, flo
         pull = q > 0.0f ? q * (ratio - s[kMean]) : zero();
       } else {
         const F m = a.mix * p + (1.0f - a.mix) * q;
-        const F least = zero() + 1.2e-38f;
+        const F least = zero() + kLeast;
         const F safe = m > least ? m : least;
         F g;
         if (a.divergence == kJSD)
@@ -361,7 +361,7 @@ void over_rows(const KDArgs& a, int threads, Row run) {
 void ask_for_large_pages(const KDArgs& a) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 2 << 20;
-  const int64_t size = a.type == kKDFloat32 ? 4 : 2;
+  const int64_t size = a.type == kFloat32 ? 4 : 2;
   const uintptr_t first = reinterpret_cast<uintptr_t>(a.grad);
   const uintptr_t last = first + a.rows * a.grad_stride * size;
   const uintptr_t begin = (first + kPage - 1) / kPage * kPage, end = last / kPage * kPage;
@@ -373,15 +373,15 @@ void ask_for_large_pages(const KDArgs& a) {
 }  // namespace
 
 void kd_statistics_cpu(const KDArgs& args, int threads) {
-  over_rows(args, threads, args.type == kKDFloat32   ? statistics_float32
-                           : args.type == kKDFloat16 ? statistics_float16
+  over_rows(args, threads, args.type == kFloat32   ? statistics_float32
+                           : args.type == kFloat16 ? statistics_float16
                                                      : statistics_bfloat16);
 }
 
 void kd_gradient_cpu(const KDArgs& args, int threads) {
   if (args.grad != args.student) ask_for_large_pages(args);
-  over_rows(args, threads, args.type == kKDFloat32   ? gradient_float32
-                           : args.type == kKDFloat16 ? gradient_float16
+  over_rows(args, threads, args.type == kFloat32   ? gradient_float32
+                           : args.type == kFloat16 ? gradient_float16
                                                      : gradient_bfloat16);
 }
 

@@ -3,40 +3,15 @@
 // that writes the gradient. The mathematics is that of kd_loss_cpu.cpp.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "floats.cuh"
 #include "kd_loss.h"
 
 namespace clinkd {
 
 constexpr int kKDThreads = 512;
 constexpr int kKDWarps = kKDThreads / 32;
-constexpr float kKDLog2E = 1.44269504088896341f;
-constexpr float kKDLn2 = 0.693147180559945309f;
-constexpr float kKDLeast = 1.2e-38f;
-
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ void narrow(float& out, float v) { out = v; }
-__device__ __forceinline__ void narrow(__half& out, float v) { out = __float2half_rn(v); }
-__device__ __forceinline__ void narrow(__nv_bfloat16& out, float v) { out = __float2bfloat16_rn(v); }
-
-// V neighbouring logits, moved by one instruction.
-template <typename T, int V>
-struct alignas(V * sizeof(T)) Logits {
-  T item[V];
-};
-
-__device__ __forceinline__ float kd_infinity() { return __int_as_float(0x7f800000); }
-__device__ __forceinline__ float kd_nan() { return __int_as_float(0x7fffffff); }
-__device__ __forceinline__ float kd_level(float top) { return top == -kd_infinity() ? 0.0f : top; }
-__device__ __forceinline__ float kd_capped(float x, float cap) {
-  return cap > 0 ? cap * tanhf(x / cap) : x;
-}
 
 // The row's sums so far, each relative to its maximum; `weighted` to the last two maxima.
 struct KDSums {
@@ -46,7 +21,7 @@ struct KDSums {
   float weighted;  // of log-ratios in powers of two, under the teacher (reverse: the student)
 
   __device__ __forceinline__ void clear() {
-    top = soft_top = target_top = -kd_infinity();
+    top = soft_top = target_top = -float_infinity();
     total = soft_total = target_total = weighted = 0.0f;
   }
   // Move the common columns' maxima up to these.
@@ -54,10 +29,10 @@ struct KDSums {
                                         bool reverse) {
     new_soft = fmaxf(new_soft, soft_top);
     new_target = fmaxf(new_target, target_top);
-    const float moved = ((kd_level(new_soft) - kd_level(new_target)) -
-                         (kd_level(soft_top) - kd_level(target_top))) * scale;
-    const float soft_keep = exp2f((soft_top - kd_level(new_soft)) * scale);
-    const float target_keep = exp2f((target_top - kd_level(new_target)) * scale);
+    const float moved = ((finite_level(new_soft) - finite_level(new_target)) -
+                         (finite_level(soft_top) - finite_level(target_top))) * scale;
+    const float soft_keep = exp2f((soft_top - finite_level(new_soft)) * scale);
+    const float target_keep = exp2f((target_top - finite_level(new_target)) * scale);
     weighted = reverse ? (weighted - soft_total * moved) * soft_keep
                        : (weighted + target_total * moved) * target_keep;
     soft_total *= soft_keep;
@@ -67,7 +42,7 @@ struct KDSums {
   }
   __device__ __forceinline__ void raise_all(float new_top) {
     new_top = fmaxf(new_top, top);
-    total *= exp2f((top - kd_level(new_top)) * kKDLog2E);
+    total *= exp2f((top - finite_level(new_top)) * kLog2E);
     top = new_top;
   }
   __device__ __forceinline__ void merge(KDSums other, float scale, bool reverse) {
@@ -130,27 +105,27 @@ __device__ __forceinline__ void reduce_pair(float& a, float& b, float (*shared)[
 template <typename T, int V, int POWER>
 __device__ __forceinline__ void add_logits(KDSums& sums, const T* student, const T* teacher,
                                            float scale, float cap, bool reverse) {
-  using P = Logits<T, V>;
+  using P = Pack<T, V>;
   const P zs = *reinterpret_cast<const P*>(student);
   const P ts = *reinterpret_cast<const P*>(teacher);
   float z[V], t[V];
-  float z_top = -kd_infinity(), t_top = -kd_infinity();
+  float z_top = -float_infinity(), t_top = -float_infinity();
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    z[j] = kd_capped(widen(zs.item[j]), cap);
-    t[j] = kd_capped(widen(ts.item[j]), cap);
+    z[j] = capped(to_float(zs.item[j]), cap);
+    t[j] = capped(to_float(ts.item[j]), cap);
     z_top = fmaxf(z_top, z[j]);
     t_top = fmaxf(t_top, t[j]);
   }
   if (z_top > sums.soft_top || t_top > sums.target_top) sums.raise(z_top, t_top, scale, reverse);
   if (z_top > sums.top) sums.raise_all(z_top);
-  const float z_level = kd_level(sums.soft_top), t_level = kd_level(sums.target_top);
-  const float level = kd_level(sums.top);
+  const float z_level = finite_level(sums.soft_top), t_level = finite_level(sums.target_top);
+  const float level = finite_level(sums.top);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const float q_log = (z[j] - z_level) * scale, p_log = (t[j] - t_level) * scale;
     const float q = exp2f(q_log), p = exp2f(p_log);
-    sums.total += POWER == 1 ? q : POWER == 2 ? q * q : exp2f((z[j] - level) * kKDLog2E);
+    sums.total += POWER == 1 ? q : POWER == 2 ? q * q : exp2f((z[j] - level) * kLog2E);
     sums.soft_total += q;
     sums.target_total += p;
     if (reverse)
@@ -166,7 +141,7 @@ struct KDPair {
 template <typename T>
 __device__ __forceinline__ KDPair kd_probabilities(const KDArgs& a, const float* s, T z, T t,
                                                    float scale) {
-  const float x = kd_capped(widen(z), a.softcap), y = kd_capped(widen(t), a.softcap);
+  const float x = capped(to_float(z), a.softcap), y = capped(to_float(t), a.softcap);
   return {exp2f((x - s[kSoftTop]) * scale) * s[kSoftInverse],
           exp2f((y - s[kTargetTop]) * scale) * s[kTargetInverse]};
 }
@@ -189,7 +164,7 @@ __global__ void __launch_bounds__(kKDThreads) kd_statistics_kernel(const KDArgs 
   const T* teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
   const int64_t columns = a.student_columns;
   const int64_t common = columns < a.teacher_columns ? columns : a.teacher_columns;
-  const float scale = kKDLog2E / a.temperature;
+  const float scale = kLog2E / a.temperature;
   const bool reverse = a.divergence == kReverseKL;
   KDSums sums;
   sums.clear();
@@ -199,28 +174,28 @@ __global__ void __launch_bounds__(kKDThreads) kd_statistics_kernel(const KDArgs 
   for (int64_t i = packs * V + threadIdx.x; i < common; i += kKDThreads)
     add_logits<T, 1, POWER>(sums, student + i, teacher + i, scale, a.softcap, reverse);
   for (int64_t i = common + threadIdx.x; i < columns; i += kKDThreads) {
-    const float z = kd_capped(widen(student[i]), a.softcap);
+    const float z = capped(to_float(student[i]), a.softcap);
     if (z > sums.top) sums.raise_all(z);
-    sums.total += exp2f((z - kd_level(sums.top)) * kKDLog2E);
+    sums.total += exp2f((z - finite_level(sums.top)) * kLog2E);
   }
   sums = reduce_sums(sums, shared, scale, reverse);
   if (threadIdx.x == 0) {
     const bool right = label >= 0 && label < columns;
-    const float picked = right ? kd_capped(widen(student[label]), a.softcap) : kd_nan();
-    const float soft_log = sums.soft_total > 0 ? logf(sums.soft_total) : kd_nan();
-    const float target_log = sums.target_total > 0 ? logf(sums.target_total) : kd_nan();
+    const float picked = right ? capped(to_float(student[label]), a.softcap) : float_nan();
+    const float soft_log = sums.soft_total > 0 ? logf(sums.soft_total) : float_nan();
+    const float target_log = sums.target_total > 0 ? logf(sums.target_total) : float_nan();
     const float ratio = reverse ? target_log - soft_log : soft_log - target_log;
     const float owner = reverse ? sums.soft_total : sums.target_total;
-    const float kl = sums.weighted / owner * kKDLn2 + ratio;
-    a.ce[row] = (sums.top - picked) + (sums.total > 0 ? logf(sums.total) : kd_nan());
+    const float kl = sums.weighted / owner * kLn2 + ratio;
+    a.ce[row] = (sums.top - picked) + (sums.total > 0 ? logf(sums.total) : float_nan());
     // rounding alone can make a divergence negative; NaN stays
     a.kd[row] = kl < 0 ? 0.0f : a.temperature * a.temperature * kl;
     s[kTop] = sums.top;
-    s[kInverse] = right && sums.total > 0 ? 1.0f / sums.total : kd_nan();
+    s[kInverse] = right && sums.total > 0 ? 1.0f / sums.total : float_nan();
     s[kSoftTop] = sums.soft_top;
-    s[kSoftInverse] = sums.soft_total > 0 ? 1.0f / sums.soft_total : kd_nan();
+    s[kSoftInverse] = sums.soft_total > 0 ? 1.0f / sums.soft_total : float_nan();
     s[kTargetTop] = sums.target_top;
-    s[kTargetInverse] = sums.target_total > 0 ? 1.0f / sums.target_total : kd_nan();
+    s[kTargetInverse] = sums.target_total > 0 ? 1.0f / sums.target_total : float_nan();
     s[kMean] = kl;
   }
   __syncthreads();
@@ -229,26 +204,26 @@ __global__ void __launch_bounds__(kKDThreads) kd_statistics_kernel(const KDArgs 
     for (int64_t i = threadIdx.x; i < common; i += kKDThreads) {
       const KDPair d = kd_probabilities(a, s, student[i], teacher[i], scale);
       const float m = a.mix * d.p + (1.0f - a.mix) * d.q;
-      const float m_log = log2f(fmaxf(m, kKDLeast));
-      if (d.p > kKDLeast) value += d.p * (log2f(d.p) - m_log);
+      const float m_log = log2f(fmaxf(m, kLeast));
+      if (d.p > kLeast) value += d.p * (log2f(d.p) - m_log);
       if (a.divergence == kJSD) {
-        if (d.q > kKDLeast) mean += d.q * (log2f(d.q) - m_log);
-      } else if (m > kKDLeast) {
+        if (d.q > kLeast) mean += d.q * (log2f(d.q) - m_log);
+      } else if (m > kLeast) {
         mean += d.q * d.p / m;
       }
     }
     reduce_pair(value, mean, pairs);
     if (threadIdx.x == 0) {
-      value *= kKDLn2;
+      value *= kLn2;
       if (a.divergence == kJSD) {
-        mean *= kKDLn2;
+        mean *= kLn2;
         value = a.mix * value + (1.0f - a.mix) * mean;
         mean *= 1.0f - a.mix;
       } else {
         mean *= -(1.0f - a.mix);
       }
       const bool sound = a.kd[row] == a.kd[row];
-      a.kd[row] = sound ? a.temperature * a.temperature * fmaxf(value, 0.0f) : kd_nan();
+      a.kd[row] = sound ? a.temperature * a.temperature * fmaxf(value, 0.0f) : float_nan();
       s[kMean] = mean;
     }
     __syncthreads();
@@ -261,7 +236,7 @@ template <int POWER>
 __device__ __forceinline__ float logit_gradient(const KDArgs& a, const float* s, float raw_z,
                                                 float raw_t, bool shared, bool is_label, float ce,
                                                 float kd, float scale) {
-  const float z = kd_capped(raw_z, a.softcap);
+  const float z = capped(raw_z, a.softcap);
   float q = 0.0f, q_log = 0.0f;
   if (shared) {
     q_log = (z - s[kSoftTop]) * scale;
@@ -269,25 +244,25 @@ __device__ __forceinline__ float logit_gradient(const KDArgs& a, const float* s,
   }
   float grad = POWER == 1   ? q
                : POWER == 2 ? q * q
-                            : exp2f((z - s[kTop]) * kKDLog2E);
+                            : exp2f((z - s[kTop]) * kLog2E);
   grad = ce * (grad * s[kInverse] - (is_label ? 1.0f : 0.0f));
   if (shared) {
     q *= s[kSoftInverse];
-    const float p_log = (kd_capped(raw_t, a.softcap) - s[kTargetTop]) * scale;
+    const float p_log = (capped(raw_t, a.softcap) - s[kTargetTop]) * scale;
     const float p = exp2f(p_log) * s[kTargetInverse];
     float pull = 0.0f;
     if (a.divergence == kForwardKL) {
       pull = q - p;
     } else if (a.divergence == kReverseKL) {
       const float logs = log2f(s[kSoftInverse]) - log2f(s[kTargetInverse]);
-      if (q > 0) pull = q * (((q_log - p_log) + logs) * kKDLn2 - s[kMean]);
-    } else if (q > kKDLeast) {
-      const float m = fmaxf(a.mix * p + (1.0f - a.mix) * q, kKDLeast);
-      const float g = a.divergence == kJSD ? (1.0f - a.mix) * kKDLn2 * (log2f(q) - log2f(m))
+      if (q > 0) pull = q * (((q_log - p_log) + logs) * kLn2 - s[kMean]);
+    } else if (q > kLeast) {
+      const float m = fmaxf(a.mix * p + (1.0f - a.mix) * q, kLeast);
+      const float g = a.divergence == kJSD ? (1.0f - a.mix) * kLn2 * (log2f(q) - log2f(m))
                                            : -(1.0f - a.mix) * p / m;
       pull = q * (g - s[kMean]);
     }
-    if (!(s[kSoftInverse] == s[kSoftInverse])) pull = kd_nan();
+    if (!(s[kSoftInverse] == s[kSoftInverse])) pull = float_nan();
     grad += kd * pull;
   }
   if (a.softcap > 0) grad *= 1.0f - (z / a.softcap) * (z / a.softcap);
@@ -301,21 +276,21 @@ __global__ void __launch_bounds__(kKDThreads) kd_gradient_kernel(const KDArgs a)
   T* out = static_cast<T*>(a.grad) + row * a.grad_stride;
   const int64_t label = a.labels[row];
   const int64_t columns = a.student_columns;
-  using P = Logits<T, V>;
+  using P = Pack<T, V>;
   const int64_t packs = columns / V;
   if (label == a.ignore_index) {
     P nothing;
 #pragma unroll
-    for (int j = 0; j < V; ++j) narrow(nothing.item[j], 0.0f);
+    for (int j = 0; j < V; ++j) from_float(nothing.item[j], 0.0f);
     for (int64_t i = threadIdx.x; i < packs; i += kKDThreads)
       *reinterpret_cast<P*>(out + i * V) = nothing;
-    for (int64_t i = packs * V + threadIdx.x; i < columns; i += kKDThreads) narrow(out[i], 0.0f);
+    for (int64_t i = packs * V + threadIdx.x; i < columns; i += kKDThreads) from_float(out[i], 0.0f);
     return;
   }
   const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
   const T* teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
   const int64_t common = columns < a.teacher_columns ? columns : a.teacher_columns;
-  const float scale = kKDLog2E / a.temperature;
+  const float scale = kLog2E / a.temperature;
   float s[kStatistics];
 #pragma unroll
   for (int i = 0; i < kStatistics; ++i) s[i] = a.statistics[row * kStatistics + i];
@@ -327,14 +302,14 @@ __global__ void __launch_bounds__(kKDThreads) kd_gradient_kernel(const KDArgs a)
     P grads;
 #pragma unroll
     for (int j = 0; j < V; ++j)
-      narrow(grads.item[j],
-             logit_gradient<POWER>(a, s, widen(zs.item[j]), widen(ts.item[j]), true,
+      from_float(grads.item[j],
+             logit_gradient<POWER>(a, s, to_float(zs.item[j]), to_float(ts.item[j]), true,
                                    i * V + j == label, ce, kd, scale));
     *reinterpret_cast<P*>(out + i * V) = grads;
   }
   for (int64_t i = whole * V + threadIdx.x; i < columns; i += kKDThreads) {
     const bool shared = i < common;
-    narrow(out[i], logit_gradient<POWER>(a, s, widen(student[i]), shared ? widen(teacher[i]) : 0.0f,
+    from_float(out[i], logit_gradient<POWER>(a, s, to_float(student[i]), shared ? to_float(teacher[i]) : 0.0f,
                                          shared, i == label, ce, kd, scale));
   }
 }

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace clinkd {
+#include "floats.h"
 
-enum RotaryType : int { kRotaryFloat32 = 0, kRotaryFloat16 = 1, kRotaryBFloat16 = 2 };
+namespace clinkd {
 
 struct RotaryArgs {
   const void* x;           // [B, S, H, D], components side by side
@@ -19,7 +19,7 @@ struct RotaryArgs {
   int pairs;                                                // R
   int pair_stride;
   int inverse;  // 1: turn back
-  int type;     // RotaryType
+  int type;     // FloatType
 };
 
 // Turn on the CPU with at most so many threads.

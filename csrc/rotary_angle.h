@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__) || defined(CLINKD_SIMT)
+#ifdef __CUDACC__
 #define CLINKD_HOST_DEVICE __host__ __device__ __forceinline__
 #else
 #define CLINKD_HOST_DEVICE inline __attribute__((always_inline))

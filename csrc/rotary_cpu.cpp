@@ -175,8 +175,8 @@ CLINKD_CLONES void turn_bfloat16(const RotaryArgs& a, int64_t begin, int64_t end
 }  // namespace
 
 void rotary_cpu(const RotaryArgs& args, int threads) {
-  auto turn = args.type == kRotaryFloat32   ? turn_float32
-              : args.type == kRotaryFloat16 ? turn_float16
+  auto turn = args.type == kFloat32   ? turn_float32
+              : args.type == kFloat16 ? turn_float16
                                             : turn_bfloat16;
   const int64_t tokens = args.batch * args.tokens;
   const int64_t work = tokens * args.heads * args.head_dim;

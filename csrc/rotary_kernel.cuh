@@ -1,11 +1,9 @@
 // Rotary embedding on a GPU: one read and one write of the tensor, angles computed on the way.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "floats.cuh"
 #include "rotary.h"
 #include "rotary_angle.h"
 
@@ -13,21 +11,6 @@ namespace clinkd {
 
 constexpr int kRotaryThreads = 128;
 constexpr int kHeadsPerThread = 8;  // share one thread's sines and cosines
-
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ void from_float(float& out, float v) { out = v; }
-__device__ __forceinline__ void from_float(__half& out, float v) { out = __float2half_rn(v); }
-__device__ __forceinline__ void from_float(__nv_bfloat16& out, float v) {
-  out = __float2bfloat16_rn(v);
-}
-
-// V neighbouring components, moved by one instruction.
-template <typename T, int V>
-struct alignas(V * sizeof(T)) Pack {
-  T item[V];
-};
 
 // Each thread owns V pairs of one token and turns them in kHeadsPerThread heads. The pairs of a
 // thread are 2 V components: V at `first` and V at `second`, or, for neighbours, all side by side.

@@ -1,14 +1,19 @@
 """Choosing the implementation of an op: explicit means explicit, nothing falls back in silence."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 # why an implementation cannot run for tensors of a device and dtype; None where it can
 WhyNot = Callable[[str, torch.device, torch.dtype], str | None]
+
+# element types that the C++ and CUDA kernels take: FloatType of csrc/floats.h
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def resolve_impl(
@@ -37,6 +42,49 @@ def resolve_impl(
     if reason := why_not(impl, device, dtype):
         raise RuntimeError(f"impl={impl!r} cannot run here: {reason}")
     return impl
+
+
+def native_impl(device: torch.device) -> str:
+    """Where an op has C++ and CUDA kernels: what "auto" takes, unless `why_not` speaks against."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def why_not_native(
+    op: str, kernel: str, impl: str, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why an op with C++ and CUDA kernels cannot run one for such tensors; None where it can.
+
+    Args:
+        kernel: name of the op's function in the extension, without its "_cpu" or "_cuda".
+    """
+    if impl == "reference":
+        return None
+    if device.type != impl:
+        return f"it takes {impl} tensors, got {device.type}"
+    if dtype not in TYPES:
+        return f"it takes float32, float16 and bfloat16, got {dtype}"
+    if not built(f"{kernel}_{impl}"):
+        return (
+            f"this installation has no {op} for {impl}: clinkd._C was built without it, or not "
+            "built"
+        )
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def built(name: str) -> bool:
+    """Whether the compiled extension has this function."""
+    return _built(name)
+
+
+@lru_cache(maxsize=64)
+def _built(name: str) -> bool:
+    return importlib.util.find_spec("clinkd._C") is not None and hasattr(extension(), name)
+
+
+def extension() -> Any:
+    """The compiled extension; here, so that importing the ops needs torch alone."""
+    return importlib.import_module("clinkd._C")
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,15 +1,14 @@
 """The operators of the distillation loss over given logits: schema, shapes, autograd."""
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clinkd.ops._impl import TYPES, extension
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 STATISTICS = 7  # kStatistics of csrc/kd_loss.h
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # KDType of csrc/kd_loss.h
 LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
 _OPTIONS = "float temperature, int divergence, float mix, int ignore_index, float softcap, str impl"
 torch.library.define(
@@ -103,8 +102,7 @@ def _launch(
     sizes = (student.shape[0], student.shape[1], teacher.shape[1])
     strides = (student.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0))
     temperature, divergence, mix, ignore_index, softcap = numbers
-    extension = importlib.import_module("clinkd._C")
-    run = getattr(extension, f"kd_{part}_{impl}")
+    run = getattr(extension(), f"kd_{part}_{impl}")
     arguments = (places, sizes + strides, ignore_index, temperature, mix, softcap, divergence)
     if impl == "cpu":
         run(*arguments, TYPES[student.dtype], torch.get_num_threads())

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._checks import check_float, check_labels, check_options, check_rows
-from clinkd.ops._impl import resolve_impl
-from clinkd.ops._kd_loss_native import TYPES, operator_options
+from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
+from clinkd.ops._kd_loss_native import operator_options
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
-from clinkd.ops.rotary import built
 
 IMPLS = ("auto", "reference", "cpu", "cuda")
 
@@ -97,25 +96,9 @@ def kd_loss(
     return reduce_rows(ce, kd, labels, kd_weight, ignore_index, weight, num_items)
 
 
-def native_impl(device: torch.device) -> str:
-    """What "auto" takes on a device, unless `why_not` speaks against it."""
-    return "cuda" if device.type == "cuda" else "cpu"
-
-
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an implementation cannot run for such logits; None where it can."""
-    if impl == "reference":
-        return None
-    if device.type != impl:
-        return f"it takes {impl} tensors, got {device.type}"
-    if dtype not in TYPES:
-        return f"it takes float32, float16 and bfloat16, got {dtype}"
-    if not built(f"kd_statistics_{impl}"):
-        return (
-            f"this installation has no kd_loss for {impl}: clinkd._C was built without it, or not "
-            "built"
-        )
-    return None
+    return why_not_native("kd_loss", "kd_statistics", impl, device, dtype)
 
 
 def reduce_rows(

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clinkd.ops._checks import check_float, check_labels, check_options, check_rows
-from clinkd.ops._impl import resolve_impl, why_not_triton
+from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
 from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
 from clinkd.ops._linear_kd_triton import DIVERGENCES as ONE_WALK
 from clinkd.ops._linear_kd_triton import LinearKDTriton
-from clinkd.ops.kd_loss import IMPLS, KDLoss, default_num_items, native_impl, why_not
+from clinkd.ops.kd_loss import IMPLS, KDLoss, default_num_items, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
 WORKSPACE_BYTES = 512 << 20  # of logits at a time, student's and teacher's together

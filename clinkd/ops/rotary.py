@@ -1,7 +1,5 @@
 """Rotary embedding with real-valued positions on several axes."""
 
-import importlib
-import importlib.util
 import math
 from functools import lru_cache
 from typing import Any
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._checks import check_float
-from clinkd.ops._impl import resolve_impl
+from clinkd.ops._impl import TYPES, extension, native_impl, resolve_impl, why_not_native
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
 
@@ -19,7 +17,6 @@ _ARGUMENTS = "Tensor positions, int spec, bool inverse, str impl"
 torch.library.define("clinkd::rotary", f"(Tensor x, {_ARGUMENTS}) -> Tensor", lib=LIBRARY)
 torch.library.define("clinkd::rotary_", f"(Tensor(a!) x, {_ARGUMENTS}) -> ()", lib=LIBRARY)
 IMPLS = ("auto", "reference", "cpu", "cuda")
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/rotary.h
 
 
 def rotary(
@@ -69,39 +66,9 @@ def resolve_rotary(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     return resolve_impl(impl, IMPLS, native_impl(device), why_not, device, dtype)
 
 
-def native_impl(device: torch.device) -> str:
-    """What "auto" takes on a device, unless `why_not` speaks against it."""
-    return "cuda" if device.type == "cuda" else "cpu"
-
-
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an implementation cannot run for such tensors; None where it can."""
-    if impl == "reference":
-        return None
-    if device.type != impl:
-        return f"it takes {impl} tensors, got {device.type}"
-    if dtype not in TYPES:
-        return f"it takes float32, float16 and bfloat16, got {dtype}"
-    if not built(f"rotary_{impl}"):
-        return (
-            f"this installation has no rotary_{impl}: clinkd._C was built without it, or not built"
-        )
-    return None
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def built(name: str) -> bool:
-    """Whether the compiled extension has this function."""
-    return _built(name)
-
-
-@lru_cache(maxsize=64)
-def _built(name: str) -> bool:
-    return importlib.util.find_spec("clinkd._C") is not None and hasattr(_extension(), name)
-
-
-def _extension() -> Any:
-    return importlib.import_module("clinkd._C")
+    return why_not_native("rotary", "rotary", impl, device, dtype)
 
 
 def check_rotary(name: str, x: Tensor, positions: Tensor, spec: RotarySpec) -> None:
@@ -173,10 +140,10 @@ def _launch(x: Tensor, out: Tensor, positions: Tensor, spec: int, inverse: bool,
         TYPES[x.dtype],
     )
     if impl == "cpu":
-        _extension().rotary_cpu(*arguments, torch.get_num_threads())
+        extension().rotary_cpu(*arguments, torch.get_num_threads())
         return
     with torch.cuda.device(x.device):
-        error = _extension().rotary_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+        error = extension().rotary_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"the rotary kernel could not start: CUDA error {error}")
 
