@@ -10,11 +10,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from clinkd.kernels.common import INTERPRETED, LOG2_E
 from torch import Tensor
 
-# bf16 arithmetic is silently wrong in Triton's interpreter, so kernels compute in float32 there
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-LOG2_E = tl.constexpr(1.4426950408889634)
 SLOTS = 8  # numbers that one program leaves of each row, see `_statistics_kernel`
 
 

@@ -11,11 +11,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from clinkd.kernels.common import INTERPRETED, LOG2_E
 from torch import Tensor
-
-# bf16 arithmetic is silently wrong in Triton's interpreter, so kernels compute in float32 there
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -229,7 +226,7 @@ def launch(
         *suffix_k.stride()[:3],
         K,
         M,
-        scale * LOG2_E,
+        scale * LOG2_E.value,
         PREFIX_PIECES=prefix_pieces,
         Hkv=Hkv,
         G=G,

@@ -2,9 +2,8 @@
 
 import triton
 import triton.language as tl
+from clinkd.kernels.common import LN_2, LOG2_E
 from clinkd.kernels.rotary_tiles import (
-    LN_2,
-    LOG2_E,
     find_tile,
     load_piece,
     turn_back,
