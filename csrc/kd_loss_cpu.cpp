@@ -6,78 +6,20 @@
 //
 //   forward KL  g = -p / q, so T (q - p)      reverse KL  g = log(q / p)
 //   JSD         g = (1 - beta) log(q / m)     skew KL     g = -(1 - skew) p / m
-//
-// A row is walked over in blocks that stay in the first-level cache, as float32.
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-math-errno", "no-trapping-math")
 #endif
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
-#include "exponential.h"
 #include "kd_loss.h"
-#include "vectors.h"
+#include "logit_rows.h"
 
 namespace clinkd {
 namespace {
-
-constexpr int W = 16;
-constexpr int kBlock = 1024;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-using F = Floats<W>;
-
-CLINKD_INLINE F zero() { return F{}; }
-
-CLINKD_INLINE float sum(F v) {
-  float total = 0.0f;
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
-}
-CLINKD_INLINE float largest(F v) {
-  float top = v[0];
-  for (int i = 1; i < W; ++i) top = v[i] > top ? v[i] : top;
-  return top;
-}
-
-// cap * tanh(x / cap)
-CLINKD_INLINE F capped(F x, float cap) {
-  const F y = x * (2.0f * kLog2E / cap);
-  const F e = exp2<W>(y > 126.0f ? zero() + 126.0f : y);
-  return cap * (1.0f - 2.0f / (e + 1.0f));
-}
-
-// `count` logits as float32, filled up with -inf to a multiple of W. Gives the largest.
-template <typename T>
-CLINKD_INLINE float fill(const T* row, int count, float cap, float* block) {
-  F top = zero() - kInfinity;
-  int i = 0;
-  for (; i + W <= count; i += W) {
-    F x = load<W>(row + i);
-    if (cap > 0) x = capped(x, cap);
-    store<W>(block + i, x);
-    top = x > top ? x : top;
-  }
-  if (i < count) {
-    alignas(64) T rest[W] = {};
-    for (int j = 0; j < count - i; ++j) rest[j] = row[i + j];
-    F x = load<W>(rest);
-    if (cap > 0) x = capped(x, cap);
-    for (int j = count - i; j < W; ++j) x[j] = -kInfinity;
-    store<W>(block + i, x);
-    top = x > top ? x : top;
-  }
-  return largest(top);
-}
 
 // A sum of exponentials relative to a maximum that may still grow.
 struct Sum {
@@ -161,7 +103,8 @@ CLINKD_INLINE void row_statistics(const KDArgs& a, int64_t row) {
       const double q_keep = soft.raise(q_top, scale);
       const double p_keep = target.raise(t_top, scale);
       const double moved = (soft.level() - target.level() - before) * double(scale);
-      weighted = reverse ? (weighted - owned * moved) * q_keep : (weighted + owned * moved) * p_keep;
+      weighted = reverse ? (weighted - owned * moved) * q_keep
+                         : (weighted + owned * moved) * p_keep;
       double sums[4];
       const int padded = (shared + W - 1) / W * W;
       if (POWER > 0 || shared == count) {
@@ -240,7 +183,8 @@ template <int POWER>
 CLINKD_INLINE void block_gradient(const KDArgs& a, const float* s, float ce, float kd, float* z,
                                   const float* t, int count, int shared) {
   const float scale = kLog2E / a.temperature;
-  const float q_log_inverse = std::log2(s[kSoftInverse]), p_log_inverse = std::log2(s[kTargetInverse]);
+  const float q_log_inverse = std::log2(s[kSoftInverse]);
+  const float p_log_inverse = std::log2(s[kTargetInverse]);
   for (int i = 0; i < count; i += W) {
     const F x = load<W>(z + i);
     F grad = zero();
@@ -346,43 +290,22 @@ CLINKD_CLONES void gradient_float32(const KDArgs& a, int64_t row) { any_gradient
 CLINKD_CLONES void gradient_float16(const KDArgs& a, int64_t row) { any_gradient<Float16>(a, row); }
 CLINKD_CLONES void gradient_bfloat16(const KDArgs& a, int64_t row) { any_gradient<BFloat16>(a, row); }
 
-template <typename Row>
-void over_rows(const KDArgs& a, int threads, Row run) {
-  const int parts = int(std::max<int64_t>(1, std::min<int64_t>(threads, a.rows)));
-  if (parts == 1) {
-    for (int64_t row = 0; row < a.rows; ++row) run(a, row);
-    return;
-  }
-#pragma omp parallel for num_threads(parts) schedule(dynamic, 1)
-  for (int64_t row = 0; row < a.rows; ++row) run(a, row);
-}
-
-// A fresh gradient of hundreds of megabytes costs more in page faults of 4 KB than its arithmetic.
-void ask_for_large_pages(const KDArgs& a) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 2 << 20;
-  const int64_t size = a.type == kFloat32 ? 4 : 2;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(a.grad);
-  const uintptr_t last = first + a.rows * a.grad_stride * size;
-  const uintptr_t begin = (first + kPage - 1) / kPage * kPage, end = last / kPage * kPage;
-  // whether the system grants it changes nothing but the time
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 void kd_statistics_cpu(const KDArgs& args, int threads) {
   over_rows(args, threads, args.type == kFloat32   ? statistics_float32
                            : args.type == kFloat16 ? statistics_float16
-                                                     : statistics_bfloat16);
+                                                   : statistics_bfloat16);
 }
 
 void kd_gradient_cpu(const KDArgs& args, int threads) {
-  if (args.grad != args.student) ask_for_large_pages(args);
+  if (args.grad != args.student) {
+    const int64_t size = args.type == kFloat32 ? 4 : 2;
+    ask_for_large_pages(args.grad, args.rows * args.grad_stride * size);
+  }
   over_rows(args, threads, args.type == kFloat32   ? gradient_float32
                            : args.type == kFloat16 ? gradient_float16
-                                                     : gradient_bfloat16);
+                                                   : gradient_bfloat16);
 }
 
 }  // namespace clinkd

@@ -78,7 +78,9 @@ def test_any_shape_and_stride(N, Vs, Vt, T, divergence, layout):
         z, t = z[:, : 2 * Vs : 2], t[:, : 2 * Vt : 2]
     else:
         z, t = z[:, :Vs].contiguous(), t[:, :Vt].contiguous()
-    compare(z, t, labels, temperature=T, divergence=divergence)
+    # T^2 enlarges what rounding leaves of a small sum of terms of either sign
+    slack = T**2 * torch.finfo(torch.float32).eps
+    compare(z, t, labels, slack, temperature=T, divergence=divergence)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])

@@ -1,0 +1,90 @@
+// Rows of logits on the CPU: walked over in blocks that stay in the first-level cache, as float32.
+#pragma once
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "exponential.h"
+#include "vectors.h"
+
+namespace clinkd {
+
+constexpr int kBlock = 1024;
+constexpr int W = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+using F = Floats<W>;
+
+CLINKD_INLINE F zero() { return F{}; }
+
+CLINKD_INLINE float sum(F v) {
+  float total = 0.0f;
+  for (int i = 0; i < W; ++i) total += v[i];
+  return total;
+}
+CLINKD_INLINE float largest(F v) {
+  float top = v[0];
+  for (int i = 1; i < W; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// cap * tanh(x / cap)
+CLINKD_INLINE F capped(F x, float cap) {
+  const F y = x * (2.0f * kLog2E / cap);
+  const F e = exp2<W>(y > 126.0f ? zero() + 126.0f : y);
+  return cap * (1.0f - 2.0f / (e + 1.0f));
+}
+
+// `count` logits as float32, filled up with -inf to a multiple of W. Gives the largest.
+template <typename T>
+CLINKD_INLINE float fill(const T* row, int count, float cap, float* block) {
+  F top = zero() - kInfinity;
+  int i = 0;
+  for (; i + W <= count; i += W) {
+    F x = load<W>(row + i);
+    if (cap > 0) x = capped(x, cap);
+    store<W>(block + i, x);
+    top = x > top ? x : top;
+  }
+  if (i < count) {
+    alignas(64) T rest[W] = {};
+    for (int j = 0; j < count - i; ++j) rest[j] = row[i + j];
+    F x = load<W>(rest);
+    if (cap > 0) x = capped(x, cap);
+    for (int j = count - i; j < W; ++j) x[j] = -kInfinity;
+    store<W>(block + i, x);
+    top = x > top ? x : top;
+  }
+  return largest(top);
+}
+
+// Run `run(args, row)` for each of args.rows.
+template <typename Args, typename Row>
+void over_rows(const Args& args, int threads, Row run) {
+  const int parts = int(std::max<int64_t>(1, std::min<int64_t>(threads, args.rows)));
+  if (parts == 1) {
+    for (int64_t row = 0; row < args.rows; ++row) run(args, row);
+    return;
+  }
+#pragma omp parallel for num_threads(parts) schedule(dynamic, 1)
+  for (int64_t row = 0; row < args.rows; ++row) run(args, row);
+}
+
+// A fresh gradient of hundreds of megabytes costs more in page faults of 4 KB than its arithmetic.
+inline void ask_for_large_pages(void* place, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(place), last = first + bytes;
+  const uintptr_t begin = (first + kPage - 1) / kPage * kPage, end = last / kPage * kPage;
+  // whether the system grants it changes nothing but the time
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace clinkd
