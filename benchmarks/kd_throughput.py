@@ -8,14 +8,10 @@ labelled and with every tenth. Prints one JSON object a line, then a table; with
 writes kd_throughput.jsonl and kd_throughput.png.
 """
 
-import argparse
 import importlib.util
 import json
-import platform
 import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +22,10 @@ from torch import Tensor
 
 from clinkd.ops import kd_loss, linear_kd_loss
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a file
+from benchmarks.common import Step, arguments, machine, save, time_in_turn, wall_clock
+
 VOCABULARY = 151_936
-Step = Callable[[], tuple[Tensor, ...]]
 
 
 def eager(z: Tensor, t: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -43,24 +41,6 @@ def eager(z: Tensor, t: Tensor, labels: Tensor, temperature: float) -> Tensor:
     ).sum(-1)
     kd = temperature**2 * (rows * counts).sum() / counts.sum()
     return (ce + 0.5 * kd) / 1.5
-
-
-def time_in_turn(steps: dict[str, Step], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each; at least 3 rounds, at most `seconds` in all."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    deadline = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 3 or (rounds < 50 and time.perf_counter() < deadline):
-        for name, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - begin) * 1e3)
-        rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_mib(step: Step, device: torch.device) -> float:
@@ -178,48 +158,17 @@ def liger_step(
     return with_gradient(forward, [hidden, weight])
 
 
-def draw(results: list[dict[str, Any]], target: Path) -> None:
-    """Milliseconds over rows, one panel an op."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    ops = list(dict.fromkeys(r["op"] for r in results))
-    figure, axes = pyplot.subplots(1, len(ops), figsize=(5 * len(ops), 4), squeeze=False)
-    for axis, op in zip(axes[0], ops, strict=True):
-        for name in dict.fromkeys(r["name"] for r in results if r["op"] == op):
-            points = [(r["rows"], r["ms"]) for r in results if (r["op"], r["name"]) == (op, name)]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(title=op, xlabel="rows", ylabel="ms", xscale="log", yscale="log")
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, seconds=6.0)
     cuda = torch.cuda.is_available()
     parser.add_argument("--rows", default="512,2048,8192" if cuda else "256,1024")
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--student", type=int, default=1536, help="hidden size of the student")
     parser.add_argument("--teacher", type=int, default=3584 if cuda else 1536)
-    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--ops", default="logits,hidden,tenth")
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each size and op")
-    parser.add_argument("--output", type=Path, help="folder for the lines and the plot")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    machine = {
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": args.dtype,
-        "temperature": args.temperature,
-        "torch": torch.__version__,
-    }
+    where = machine(device, dtype=args.dtype, temperature=args.temperature)
     sizes = (args.student, args.teacher)
     results: list[dict[str, Any]] = []
     for op in args.ops.split(","):
@@ -237,12 +186,13 @@ def main() -> None:
             if op == "hidden" and cuda and importlib.util.find_spec("liger_kernel"):
                 steps["Liger"] = liger_step(rows, sizes, args.temperature, dtype, device)
                 steps["Liger"]()
-            times = time_in_turn(steps, device, args.seconds)
+            clocks = {name: wall_clock(step, device) for name, step in steps.items()}
+            times = time_in_turn(clocks, args.seconds, least=3, most=50)
             for name, ms in times.items():
                 row = {"op": op, "rows": rows, "name": name, "ms": round(ms, 3)}
                 row["x_clinkd"] = round(ms / times["clinkd"], 2)
                 row["peak_mib"] = peak_mib(steps[name], device)
-                results.append({**row, **machine})
+                results.append({**row, **where})
                 print(json.dumps(results[-1]), flush=True)
             del steps
     print(f"\n{'op':10}{'rows':>7}  {'who':22}{'ms':>11}{'x clinkd':>10}{'peak MiB':>11}")
@@ -254,10 +204,7 @@ def main() -> None:
     print(f"largest resident set {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
     sys.stdout.flush()
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(r) + "\n" for r in results)
-        (args.output / "kd_throughput.jsonl").write_text(lines)
-        draw(results, args.output / "kd_throughput.png")
+        save(results, args.output, "kd_throughput", "rows", "rows")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,9 @@ median of the rounds counts, so that a busy machine slows all of them alike. Pri
 a line, then a table; with `--output` also writes rope_throughput.jsonl and rope_throughput.png.
 """
 
-import argparse
 import importlib.util
 import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +24,10 @@ from clinkd.ops.reference.rotary import angles
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a file
+from benchmarks.common import Clock, Step, arguments, machine, save, time_in_turn, wall_clock
+
 SHAPES = {"Qwen2-VL-2B": (12, 2, 128), "Qwen2-VL-7B": (28, 4, 128)}  # query heads, key heads, D
-Step = Callable[[], Any]
 
 
 def bytes_moved(tokens: int, heads: int, head_dim: int, element_size: int) -> int:
@@ -55,10 +53,8 @@ def eager_tables(positions: Tensor, spec: RotarySpec, dtype: torch.dtype) -> tup
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([sin, sin], -1).to(dtype)
 
 
-def time_in_turn(
-    contenders: dict[str, Step], device: torch.device, seconds: float
-) -> dict[str, float]:
-    """Median milliseconds of each; at least 5 rounds, at most `seconds` in all.
+def time_all(contenders: dict[str, Step], device: torch.device, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each.
 
     On CUDA each is captured into a graph whose replay is timed by events: what the device does,
     without what Python takes to launch it.
@@ -66,30 +62,14 @@ def time_in_turn(
     for step in contenders.values():  # compile, fill caches
         step()
         step()
-    if device.type == "cuda":
-        clocks = {name: _graph_clock(step) for name, step in contenders.items()}
-    else:
-        clocks = {name: _wall_clock(step) for name, step in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    deadline = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 5 or (rounds < 200 and time.perf_counter() < deadline):
-        for name, clock in clocks.items():
-            times[name].append(clock())
-        rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}
+    clocks = {
+        name: graph_clock(step) if device.type == "cuda" else wall_clock(step, device)
+        for name, step in contenders.items()
+    }
+    return time_in_turn(clocks, seconds, least=5, most=200)
 
 
-def _wall_clock(step: Step) -> Callable[[], float]:
-    def clock() -> float:
-        begin = time.perf_counter()
-        step()
-        return (time.perf_counter() - begin) * 1e3
-
-    return clock
-
-
-def _graph_clock(step: Step) -> Callable[[], float]:
+def graph_clock(step: Step) -> Clock:
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -165,7 +145,7 @@ def bench_rotary(
     check("clinkd", contenders["clinkd"](), expected, dtype)
     for name in ("transformers eager", "torch.compile"):
         check(name, contenders[name]().transpose(1, 2), expected[:, :, :Hq], dtype)
-    times = time_in_turn(contenders, device, seconds)
+    times = time_all(contenders, device, seconds)
     moved = bytes_moved(length, heads, D, x.element_size())
     return [
         {
@@ -239,7 +219,7 @@ def bench_attention(
         return lambda: torch.autograd.grad(forward(), leaves, grad)
 
     contenders = {name: both(forward) for name, forward in forwards.items()}
-    times = time_in_turn(contenders, device, seconds)
+    times = time_all(contenders, device, seconds)
     flops = attention_flops(length, Hq, D, backward=True)
     return [
         {
@@ -255,53 +235,22 @@ def bench_attention(
     ]
 
 
-def draw(rows: list[dict[str, Any]], target: Path) -> None:
-    """Milliseconds over length, one panel an op."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    ops = sorted({row["op"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(ops), figsize=(6 * len(ops), 4), squeeze=False)
-    for axis, op in zip(axes[0], ops, strict=True):
-        for name in dict.fromkeys(row["name"] for row in rows if row["op"] == op):
-            points = [(r["length"], r["ms"]) for r in rows if (r["op"], r["name"]) == (op, name)]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(title=op, xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, seconds=4.0)
     cuda = torch.cuda.is_available()
     default = "512,1024,2048,4096,8192,16384,32768" if cuda else "256,512,1024,2048"
     parser.add_argument("--lengths", default=default, help="tokens, separated by commas")
     parser.add_argument("--shape", default="Qwen2-VL-2B", choices=SHAPES)
-    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--ops", default="rotary,attention")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each length and op")
-    parser.add_argument("--output", type=Path, help="folder for the lines and the plot")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    machine = {
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": args.dtype,
-        "shape": args.shape,
-        "torch": torch.__version__,
-    }
+    where = machine(device, dtype=args.dtype, shape=args.shape)
     benches = {"rotary": bench_rotary, "attention": bench_attention}
     rows = []
     for op in args.ops.split(","):
         for length in map(int, args.lengths.split(",")):
             for row in benches[op](length, args.shape, dtype, device, args.seconds):
-                rows.append({"length": length, **row, **machine})
+                rows.append({"length": length, **row, **where})
                 print(json.dumps(rows[-1]))
     sys.stdout.flush()
     print(f"\n{'op':18}{'tokens':>7}  {'who':22}{'ms':>10}{'x clinkd':>10}")
@@ -316,10 +265,7 @@ def main() -> None:
             f"{row['ms'] / ours:>10.2f}"
         )
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (args.output / "rope_throughput.jsonl").write_text(lines)
-        draw(rows, args.output / "rope_throughput.png")
+        save(rows, args.output, "rope_throughput", "length", "tokens")
 
 
 if __name__ == "__main__":

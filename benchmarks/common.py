@@ -1,0 +1,91 @@
+"""What the throughput benchmarks share: arguments, timing in turn, machine, lines and plot."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Step = Callable[[], Any]
+Clock = Callable[[], float]  # runs a step once; milliseconds
+
+
+def arguments(description: str | None, seconds: float) -> argparse.ArgumentParser:
+    """A parser of what every benchmark takes; `seconds` is the default of one comparison."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each size and op")
+    parser.add_argument("--output", type=Path, help="folder for the lines and the plot")
+    return parser
+
+
+def machine(device: torch.device, **settings: Any) -> dict[str, Any]:
+    """What a line says of where it was measured, and the settings of the run."""
+    is_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return {"device": name, "threads": threads, **settings, "torch": torch.__version__}
+
+
+def wall_clock(step: Step, device: torch.device) -> Clock:
+    """Times a step with what Python takes to launch it."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def clock() -> float:
+        wait()
+        begin = time.perf_counter()
+        step()
+        wait()
+        return (time.perf_counter() - begin) * 1e3
+
+    return clock
+
+
+def time_in_turn(
+    clocks: dict[str, Clock], seconds: float, least: int, most: int
+) -> dict[str, float]:
+    """Median milliseconds of each.
+
+    Contenders run in turn, round after round, so that a busy machine slows all of them alike: at
+    least `least` rounds, then until `seconds` are over or `most` rounds are done.
+    """
+    times: dict[str, list[float]] = {name: [] for name in clocks}
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or (rounds < most and time.perf_counter() < deadline):
+        for name, clock in clocks.items():
+            times[name].append(clock())
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def save(rows: list[dict[str, Any]], folder: Path, name: str, x: str, label: str) -> None:
+    """Write NAME.jsonl, and NAME.png: milliseconds over column `x`, one panel an op."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(ops), figsize=(5 * len(ops), 4), squeeze=False)
+    for axis, op in zip(axes[0], ops, strict=True):
+        for contender in dict.fromkeys(row["name"] for row in rows if row["op"] == op):
+            own = [row for row in rows if (row["op"], row["name"]) == (op, contender)]
+            axis.plot([r[x] for r in own], [r["ms"] for r in own], marker="o", label=contender)
+        axis.set(title=op, xlabel=label, ylabel="ms", xscale="log", yscale="log")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / f"{name}.png", dpi=120)
+    pyplot.close(figure)
