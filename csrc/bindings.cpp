@@ -9,12 +9,14 @@
 namespace clinkd {
 void bind_kd_loss(pybind11::module_& m);
 void bind_rotary(pybind11::module_& m);
+void bind_topk_kd(pybind11::module_& m);
 }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Row-wise kernels of clinkd: pointers, sizes and strides as integers, no torch inside.";
   clinkd::bind_kd_loss(m);
   clinkd::bind_rotary(m);
+  clinkd::bind_topk_kd(m);
 
   m.attr("compiler") = __VERSION__;
 #ifdef CLINKD_WITH_CUDA

@@ -16,43 +16,57 @@ bool whole_packs(const KDArgs& a) {
   return (places | static_cast<uintptr_t>(strides * sizeof(T))) % 16 == 0;
 }
 
-template <typename T, int V, int POWER>
-int run(const KDArgs& a, bool gradient, void* stream) {
-  const auto kernel =
-      gradient ? kd_gradient_kernel<T, V, POWER> : kd_statistics_kernel<T, V, POWER>;
+enum class Pass { kStatistics, kDivergence, kGradient };
+
+int start(void (*kernel)(KDArgs), const KDArgs& a, void* stream) {
   return launch(kernel, dim3(static_cast<unsigned>(a.rows)), kKDThreads, stream, a);
 }
 
+template <typename T, int V, int POWER>
+int run(const KDArgs& a, Pass pass, void* stream) {
+  const auto kernel = pass == Pass::kGradient ? kd_gradient_kernel<T, V, POWER>
+                                              : kd_statistics_kernel<T, V, POWER>;
+  return start(kernel, a, stream);
+}
+
 template <typename T, int V>
-int with_power(const KDArgs& a, bool gradient, void* stream) {
+int with_power(const KDArgs& a, Pass pass, void* stream) {
   const bool same = a.student_columns == a.teacher_columns;
-  if (same && a.temperature == 1.0f) return run<T, V, 1>(a, gradient, stream);
-  if (same && a.temperature == 2.0f) return run<T, V, 2>(a, gradient, stream);
-  return run<T, V, 0>(a, gradient, stream);
+  if (same && a.temperature == 1.0f) return run<T, V, 1>(a, pass, stream);
+  if (same && a.temperature == 2.0f) return run<T, V, 2>(a, pass, stream);
+  return run<T, V, 0>(a, pass, stream);
 }
 
 template <typename T>
-int with_width(const KDArgs& a, bool gradient, void* stream) {
-  if (whole_packs<T>(a)) return with_power<T, 16 / sizeof(T)>(a, gradient, stream);
-  return with_power<T, 1>(a, gradient, stream);
+int with_width(const KDArgs& a, Pass pass, void* stream) {
+  if (pass == Pass::kDivergence) return start(kd_divergence_kernel<T>, a, stream);
+  if (whole_packs<T>(a)) return with_power<T, 16 / sizeof(T)>(a, pass, stream);
+  return with_power<T, 1>(a, pass, stream);
 }
 
-int with_type(const KDArgs& a, bool gradient, void* stream) {
+int with_type(const KDArgs& a, Pass pass, void* stream) {
   if (a.rows == 0) return 0;
   if (a.rows > INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
   switch (a.type) {
     case kFloat32:
-      return with_width<float>(a, gradient, stream);
+      return with_width<float>(a, pass, stream);
     case kFloat16:
-      return with_width<__half>(a, gradient, stream);
+      return with_width<__half>(a, pass, stream);
     default:
-      return with_width<__nv_bfloat16>(a, gradient, stream);
+      return with_width<__nv_bfloat16>(a, pass, stream);
   }
 }
 
 }  // namespace
 
-int kd_statistics_cuda(const KDArgs& args, void* stream) { return with_type(args, false, stream); }
-int kd_gradient_cuda(const KDArgs& args, void* stream) { return with_type(args, true, stream); }
+int kd_statistics_cuda(const KDArgs& args, void* stream) {
+  return with_type(args, Pass::kStatistics, stream);
+}
+int kd_divergence_cuda(const KDArgs& args, void* stream) {
+  return with_type(args, Pass::kDivergence, stream);
+}
+int kd_gradient_cuda(const KDArgs& args, void* stream) {
+  return with_type(args, Pass::kGradient, stream);
+}
 
 }  // namespace clinkd

@@ -24,6 +24,9 @@ enum KDStatistic {
   kStatistics
 };
 
+// A KL below this is computed again from terms that do not cancel.
+constexpr float kSmallKL = 0.02f;
+
 // Rows lie `*_stride` elements apart, columns side by side. Labels other than `ignore_index` must
 // be in [0, student_columns); a row whose label is not, or whose logits have no finite maximum,
 // gives NaN.
@@ -52,8 +55,12 @@ struct KDArgs {
 };
 
 void kd_statistics_cpu(const KDArgs& args, int threads);
+// Of rows whose statistics are given: the divergence into `kd`, without T^2, and the mean for
+// kMean into `ce`. Each adds up over parts of the columns.
+void kd_divergence_cpu(const KDArgs& args, int threads);
 void kd_gradient_cpu(const KDArgs& args, int threads);
 int kd_statistics_cuda(const KDArgs& args, void* stream);  // 0, or a CUDA error
+int kd_divergence_cuda(const KDArgs& args, void* stream);
 int kd_gradient_cuda(const KDArgs& args, void* stream);
 
 }  // namespace clinkd

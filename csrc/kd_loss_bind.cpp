@@ -64,9 +64,11 @@ int on_cuda(const std::array<uintptr_t, 9>& places, const std::array<int64_t, 6>
 
 void bind_kd_loss(pybind11::module_& m) {
   m.def("kd_statistics_cpu", on_cpu<kd_statistics_cpu>);
+  m.def("kd_divergence_cpu", on_cpu<kd_divergence_cpu>);
   m.def("kd_gradient_cpu", on_cpu<kd_gradient_cpu>);
 #ifdef CLINKD_WITH_CUDA
   m.def("kd_statistics_cuda", on_cuda<kd_statistics_cuda>);
+  m.def("kd_divergence_cuda", on_cuda<kd_divergence_cuda>);
   m.def("kd_gradient_cuda", on_cuda<kd_gradient_cuda>);
 #endif
 }

@@ -15,29 +15,12 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kd_divergence_cpu.h"
 #include "kd_loss.h"
 #include "logit_rows.h"
 
 namespace clinkd {
 namespace {
-
-// A sum of exponentials relative to a maximum that may still grow.
-struct Sum {
-  float top = -kInfinity;
-  double total = 0.0;
-
-  CLINKD_INLINE float level() const { return top == -kInfinity ? 0.0f : top; }
-  // Returns what sums so far are multiplied by.
-  CLINKD_INLINE double raise(float candidate, float scale) {
-    if (!(candidate > top)) return 1.0;
-    const double keep = total > 0 ? std::exp2(double(top - candidate) * scale) : 0.0;
-    top = candidate;
-    total *= keep;
-    return keep;
-  }
-  CLINKD_INLINE double log() const { return total > 0 ? std::log(total) : double(kNaN); }
-  CLINKD_INLINE float inverse() const { return total > 0 ? float(1.0 / total) : kNaN; }
-};
 
 // Powers of e at T = 1 from those at T, where T is a small integer.
 template <int POWER>
@@ -129,53 +112,28 @@ CLINKD_INLINE void row_statistics(const KDArgs& a, int64_t row) {
   const double owner = reverse ? soft.total : target.total;
   const double ratio = reverse ? target.log() - soft.log() : soft.log() - target.log();
   const double kl = weighted / owner * double(kLn2) + ratio;
-  const float T2 = a.temperature * a.temperature;
   const bool right = label >= 0 && label < a.student_columns;
   a.ce[row] = right ? float(double(all.top) - double(picked) + all.log()) : kNaN;
-  // rounding alone can make a divergence negative; NaN stays
-  a.kd[row] = kl < 0 ? 0.0f : float(T2 * kl);
   found[kTop] = all.top;
   found[kInverse] = right ? all.inverse() : kNaN;
   found[kSoftTop] = soft.top;
   found[kSoftInverse] = soft.inverse();
   found[kTargetTop] = target.top;
   found[kTargetInverse] = target.inverse();
-  found[kMean] = float(kl);
-  if (a.divergence < kJSD) return;
-  // mixtures need both distributions first: another walk, through the cache
-  double value = 0.0, mean = 0.0;
-  for (int64_t begin = 0; begin < common; begin += kBlock) {
-    const int count = int(std::min<int64_t>(kBlock, common - begin));
-    fill(student + begin, count, a.softcap, z);
-    fill(teacher + begin, count, a.softcap, t);
-    F values = zero(), means = zero();
-    for (int i = 0; i < count; i += W) {
-      const F q = exp2<W>((load<W>(z + i) - found[kSoftTop]) * scale) * found[kSoftInverse];
-      const F p = exp2<W>((load<W>(t + i) - found[kTargetTop]) * scale) * found[kTargetInverse];
-      const F m = a.mix * p + (1.0f - a.mix) * q;
-      const F least = zero() + kLeast;
-      const F p_ratio = log2<W>(p > least ? p : least) - log2<W>(m > least ? m : least);
-      values += p > least ? p * p_ratio : zero();
-      if (a.divergence == kJSD) {
-        const F q_ratio = log2<W>(q > least ? q : least) - log2<W>(m > least ? m : least);
-        means += q > least ? q * q_ratio : zero();
-      } else {
-        means += m > least ? q * p / m : zero();
-      }
-    }
-    value += sum(values);
-    mean += sum(means);
-  }
-  value *= kLn2;
-  if (a.divergence == kJSD) {
-    mean *= kLn2;
-    value = a.mix * value + (1.0 - a.mix) * mean;
-    mean *= 1.0 - a.mix;
-  } else {
-    mean *= -(1.0 - a.mix);
-  }
-  a.kd[row] = std::isnan(a.kd[row]) ? kNaN : float(T2 * std::max(value, 0.0));
+  double value = kl, mean = kl;
+  // mixtures need both distributions first; a small difference of large sums is no figure
+  if (a.divergence >= kJSD || kl < kSmallKL) row_divergence<T>(a, row, found, value, mean);
+  a.kd[row] = float(double(a.temperature) * a.temperature * value);
   found[kMean] = float(mean);
+}
+
+template <typename T>
+CLINKD_INLINE void given_divergence(const KDArgs& a, int64_t row) {
+  double value = 0.0, mean = 0.0;
+  if (a.labels[row] != a.ignore_index)
+    row_divergence<T>(a, row, a.statistics + row * kStatistics, value, mean);
+  a.kd[row] = float(value);
+  a.ce[row] = float(mean);
 }
 
 // Gradient of one block, in place of its logits.
@@ -253,18 +211,9 @@ CLINKD_INLINE void row_gradient(const KDArgs& a, int64_t row) {
     if (shared > 0) fill(teacher + begin, shared, a.softcap, t);
     block_gradient<POWER>(a, s, ce, kd, z, t, count, shared);
     if (label >= begin && label < begin + count) z[label - begin] -= ce;
-    int i = 0;
-    for (; i < count; i += W) {
-      F grad = load<W>(z + i);
-      if (a.softcap > 0) grad *= load<W>(slope + i);
-      if (i + W <= count) {
-        store<W>(out + begin + i, grad);
-      } else {
-        alignas(64) T rest[W];
-        store<W>(rest, grad);
-        for (int j = 0; j < count - i; ++j) out[begin + i + j] = rest[j];
-      }
-    }
+    if (a.softcap > 0)
+      for (int i = 0; i < count; i += W) store<W>(z + i, load<W>(z + i) * load<W>(slope + i));
+    empty_out(z, count, out + begin);
   }
 }
 
@@ -286,6 +235,15 @@ CLINKD_INLINE void any_gradient(const KDArgs& a, int64_t row) {
 CLINKD_CLONES void statistics_float32(const KDArgs& a, int64_t row) { any_statistics<float>(a, row); }
 CLINKD_CLONES void statistics_float16(const KDArgs& a, int64_t row) { any_statistics<Float16>(a, row); }
 CLINKD_CLONES void statistics_bfloat16(const KDArgs& a, int64_t row) { any_statistics<BFloat16>(a, row); }
+CLINKD_CLONES void divergence_float32(const KDArgs& a, int64_t row) {
+  given_divergence<float>(a, row);
+}
+CLINKD_CLONES void divergence_float16(const KDArgs& a, int64_t row) {
+  given_divergence<Float16>(a, row);
+}
+CLINKD_CLONES void divergence_bfloat16(const KDArgs& a, int64_t row) {
+  given_divergence<BFloat16>(a, row);
+}
 CLINKD_CLONES void gradient_float32(const KDArgs& a, int64_t row) { any_gradient<float>(a, row); }
 CLINKD_CLONES void gradient_float16(const KDArgs& a, int64_t row) { any_gradient<Float16>(a, row); }
 CLINKD_CLONES void gradient_bfloat16(const KDArgs& a, int64_t row) { any_gradient<BFloat16>(a, row); }
@@ -296,6 +254,12 @@ void kd_statistics_cpu(const KDArgs& args, int threads) {
   over_rows(args, threads, args.type == kFloat32   ? statistics_float32
                            : args.type == kFloat16 ? statistics_float16
                                                    : statistics_bfloat16);
+}
+
+void kd_divergence_cpu(const KDArgs& args, int threads) {
+  over_rows(args, threads, args.type == kFloat32   ? divergence_float32
+                           : args.type == kFloat16 ? divergence_float16
+                                                   : divergence_bfloat16);
 }
 
 void kd_gradient_cpu(const KDArgs& args, int threads) {

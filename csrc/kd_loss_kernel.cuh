@@ -5,21 +5,11 @@
 
 #include <cstdint>
 
+#include "kd_divergence.cuh"
 #include "kd_loss.h"
 #include "kd_loss_sums.cuh"
 
 namespace clinkd {
-
-struct KDPair {
-  float q, p;
-};
-template <typename T>
-__device__ __forceinline__ KDPair kd_probabilities(const KDArgs& a, const float* s, T z, T t,
-                                                   float scale) {
-  const float x = capped(to_float(z), a.softcap), y = capped(to_float(t), a.softcap);
-  return {exp2f((x - s[kSoftTop]) * scale) * s[kSoftInverse],
-          exp2f((y - s[kTargetTop]) * scale) * s[kTargetInverse]};
-}
 
 // Grid: one block a row.
 template <typename T, int V, int POWER>
@@ -63,8 +53,6 @@ __global__ void __launch_bounds__(kKDThreads) kd_statistics_kernel(const KDArgs 
     const float owner = reverse ? sums.soft_total : sums.target_total;
     const float kl = sums.weighted / owner * kLn2 + ratio;
     a.ce[row] = (sums.top - picked) + (sums.total > 0 ? logf(sums.total) : float_nan());
-    // rounding alone can make a divergence negative; NaN stays
-    a.kd[row] = kl < 0 ? 0.0f : a.temperature * a.temperature * kl;
     s[kTop] = sums.top;
     s[kInverse] = right && sums.total > 0 ? 1.0f / sums.total : float_nan();
     s[kSoftTop] = sums.soft_top;
@@ -74,36 +62,15 @@ __global__ void __launch_bounds__(kKDThreads) kd_statistics_kernel(const KDArgs 
     s[kMean] = kl;
   }
   __syncthreads();
-  if (a.divergence >= kJSD) {
-    float value = 0.0f, mean = 0.0f;
-    for (int64_t i = threadIdx.x; i < common; i += kKDThreads) {
-      const KDPair d = kd_probabilities(a, s, student[i], teacher[i], scale);
-      const float m = a.mix * d.p + (1.0f - a.mix) * d.q;
-      const float m_log = log2f(fmaxf(m, kLeast));
-      if (d.p > kLeast) value += d.p * (log2f(d.p) - m_log);
-      if (a.divergence == kJSD) {
-        if (d.q > kLeast) mean += d.q * (log2f(d.q) - m_log);
-      } else if (m > kLeast) {
-        mean += d.q * d.p / m;
-      }
-    }
-    reduce_pair(value, mean, pairs);
-    if (threadIdx.x == 0) {
-      value *= kLn2;
-      if (a.divergence == kJSD) {
-        mean *= kLn2;
-        value = a.mix * value + (1.0f - a.mix) * mean;
-        mean *= 1.0f - a.mix;
-      } else {
-        mean *= -(1.0f - a.mix);
-      }
-      const bool sound = a.kd[row] == a.kd[row];
-      a.kd[row] = sound ? a.temperature * a.temperature * fmaxf(value, 0.0f) : float_nan();
-      s[kMean] = mean;
-    }
-    __syncthreads();
+  float2 divergence = {s[kMean], s[kMean]};
+  // mixtures need both distributions first; a small difference of large sums is no figure
+  if (a.divergence >= kJSD || divergence.x < kSmallKL)
+    divergence = row_divergence<T>(a, row, s, pairs);
+  if (threadIdx.x == 0) {
+    a.kd[row] = a.temperature * a.temperature * divergence.x;
+    found[kMean] = divergence.y;
   }
-  if (threadIdx.x < kStatistics) found[threadIdx.x] = s[threadIdx.x];
+  if (threadIdx.x < kMean) found[threadIdx.x] = s[threadIdx.x];
 }
 
 // Gradient of one logit; t is read where `shared`.

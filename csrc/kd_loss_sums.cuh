@@ -80,24 +80,6 @@ __device__ __forceinline__ KDSums reduce_sums(KDSums mine, KDSums* shared, float
   return all;
 }
 
-// The sum of both over the block, for thread 0.
-__device__ __forceinline__ void reduce_pair(float& a, float& b, float (*shared)[2]) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    a += kd_shuffle(a, distance);
-    b += kd_shuffle(b, distance);
-  }
-  if (threadIdx.x % 32 == 0) {
-    shared[threadIdx.x / 32][0] = a;
-    shared[threadIdx.x / 32][1] = b;
-  }
-  __syncthreads();
-  a = b = 0.0f;
-  for (int warp = 0; warp < kKDWarps; ++warp) {
-    a += shared[warp][0];
-    b += shared[warp][1];
-  }
-}
-
 // V logits of student and teacher into the sums. POWER: T where it is 1 or 2 and the vocabularies
 // agree, so that the student's sum at 1 is that of powers of what it has at T.
 template <typename T, int V, int POWER>

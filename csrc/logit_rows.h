@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -63,6 +64,36 @@ CLINKD_INLINE float fill(const T* row, int count, float cap, float* block) {
   }
   return largest(top);
 }
+
+// `count` floats of a block, which holds a multiple of W, as elements.
+template <typename T>
+CLINKD_INLINE void empty_out(const float* block, int count, T* out) {
+  int i = 0;
+  for (; i + W <= count; i += W) store<W>(out + i, load<W>(block + i));
+  if (i < count) {
+    alignas(64) T rest[W];
+    store<W>(rest, load<W>(block + i));
+    for (int j = 0; j < count - i; ++j) out[i + j] = rest[j];
+  }
+}
+
+// A sum of exponentials relative to a maximum that may still grow.
+struct Sum {
+  float top = -kInfinity;
+  double total = 0.0;
+
+  CLINKD_INLINE float level() const { return top == -kInfinity ? 0.0f : top; }
+  // Returns what sums so far are multiplied by.
+  CLINKD_INLINE double raise(float candidate, float scale) {
+    if (!(candidate > top)) return 1.0;
+    const double keep = total > 0 ? std::exp2(double(top - candidate) * scale) : 0.0;
+    top = candidate;
+    total *= keep;
+    return keep;
+  }
+  CLINKD_INLINE double log() const { return total > 0 ? std::log(total) : double(kNaN); }
+  CLINKD_INLINE float inverse() const { return total > 0 ? float(1.0 / total) : kNaN; }
+};
 
 // Run `run(args, row)` for each of args.rows.
 template <typename Args, typename Row>

@@ -2,7 +2,17 @@
 
 from clinkd.ops.kd_loss import KDLoss, kd_loss
 from clinkd.ops.linear_kd_loss import linear_kd_loss
+from clinkd.ops.linear_topk_kd_loss import linear_topk_kd_loss
 from clinkd.ops.rotary import rotary
 from clinkd.ops.rotary_attention import rotary_attention
+from clinkd.ops.topk_kd_loss import topk_kd_loss
 
-__all__ = ["KDLoss", "kd_loss", "linear_kd_loss", "rotary", "rotary_attention"]
+__all__ = [
+    "KDLoss",
+    "kd_loss",
+    "linear_kd_loss",
+    "linear_topk_kd_loss",
+    "rotary",
+    "rotary_attention",
+    "topk_kd_loss",
+]

@@ -29,9 +29,20 @@ def checking() -> bool:
     return os.environ.get("CLINKD_CHECK") == "1"
 
 
+def check_head(name: str, hidden: Tensor, weight: Tensor) -> None:
+    """Hidden states [N, C] of a model and its output head [V, C]."""
+    check_float(f"{name}_hidden", hidden, 2, "[N, C]")
+    check_float(f"{name}_weight", weight, 2, "[V, C]")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}_weight must be [V, C] with C = {hidden.shape[1]} as in {name}_hidden, "
+            f"got shape {tuple(weight.shape)}"
+        )
+
+
 def check_rows(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     labels: Tensor,
     ignore_index: int,
     numbers: Tensor | None = None,
@@ -48,7 +59,7 @@ def check_rows(
         return
     counts = labels != ignore_index
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if logits.shape[1]:
+        if logits is not None and logits.shape[1]:
             nan = counts & logits.isnan().any(dim=1)
             raise_first(f"{name} must have no NaN", nan, numbers)
             flat = counts & ~logits.amax(dim=1).isfinite()

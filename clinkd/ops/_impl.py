@@ -87,6 +87,22 @@ def extension() -> Any:
     return importlib.import_module("clinkd._C")
 
 
+def run_native(name: str, impl: str, tensor: torch.Tensor, *arguments: Any) -> None:
+    """Call `name_cpu` or `name_cuda` of the extension for tensors like this one.
+
+    The type of its elements follows the arguments, then the number of threads or the stream.
+    """
+    run = getattr(extension(), f"{name}_{impl}")
+    kind = TYPES[tensor.dtype]
+    if impl == "cpu":
+        run(*arguments, kind, torch.get_num_threads())
+        return
+    with torch.cuda.device(tensor.device):
+        error = run(*arguments, kind, torch.cuda.current_stream().cuda_stream)
+    if error:
+        raise RuntimeError(f"the kernel {name}_{impl} could not start: CUDA error {error}")
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a Triton kernel cannot run for such tensors; None where it can."""
     if dtype == torch.float64:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinkd.ops._impl import TYPES, extension
+from clinkd.ops._impl import run_native
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 STATISTICS = 7  # kStatistics of csrc/kd_loss.h
@@ -20,6 +20,11 @@ torch.library.define(
     "clinkd::kd_rows_backward",
     "(Tensor ce_factor, Tensor kd_factor, Tensor student, Tensor teacher, Tensor labels, "
     f"Tensor statistics, {_OPTIONS}) -> Tensor",
+    lib=LIBRARY,
+)
+torch.library.define(
+    "clinkd::kd_divergence",
+    f"(Tensor student, Tensor teacher, Tensor labels, Tensor statistics, {_OPTIONS}) -> Tensor",
     lib=LIBRARY,
 )
 
@@ -60,6 +65,20 @@ def _rows(
     return ce, kd, statistics
 
 
+def _divergence(
+    student: Tensor, teacher: Tensor, labels: Tensor, statistics: Tensor, *options: Any
+) -> Tensor:
+    """Divergence, without T^2, and kMean of rows with these statistics [N, 2], float32.
+
+    Both add up over parts of the columns.
+    """
+    *numbers, impl = options
+    student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
+    value, mean = (torch.empty(len(labels), device=student.device) for _ in range(2))
+    _launch("divergence", impl, student, teacher, labels, statistics, numbers, sums=(mean, value))
+    return torch.stack([value, mean], dim=1)
+
+
 def _rows_backward(
     ce_factor: Tensor,
     kd_factor: Tensor,
@@ -89,7 +108,7 @@ def _launch(
     factors: tuple[Tensor, Tensor] | None = None,
     grad: Tensor | None = None,
 ) -> None:
-    """Run one of the two kernels; see `KDArgs` in csrc/kd_loss.h."""
+    """Run one of the kernels; see `KDArgs` in csrc/kd_loss.h."""
     if student.shape[0] == 0:
         return
     labels = labels.contiguous()
@@ -102,16 +121,8 @@ def _launch(
     sizes = (student.shape[0], student.shape[1], teacher.shape[1])
     strides = (student.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0))
     temperature, divergence, mix, ignore_index, softcap = numbers
-    run = getattr(extension(), f"kd_{part}_{impl}")
-    arguments = (places, sizes + strides, ignore_index, temperature, mix, softcap, divergence)
-    if impl == "cpu":
-        run(*arguments, TYPES[student.dtype], torch.get_num_threads())
-        return
-    with torch.cuda.device(student.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        error = run(*arguments, TYPES[student.dtype], stream)
-    if error:
-        raise RuntimeError(f"the distillation loss's kernel could not start: CUDA error {error}")
+    options = (ignore_index, temperature, mix, softcap, divergence)
+    run_native(f"kd_{part}", impl, student, places, sizes + strides, *options)
 
 
 def _fake(student: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +133,10 @@ def _fake(student: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_backward(ce_factor: Tensor, kd_factor: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+def _fake_divergence(student: Tensor, *_: Any) -> Tensor:
+    return student.new_empty(student.shape[0], 2, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -141,6 +156,8 @@ def _backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor, _: Tensor) -> tuple[An
 _KEY = "CompositeExplicitAutograd"
 torch.library.impl("clinkd::kd_rows", _KEY, _rows, lib=LIBRARY)
 torch.library.impl("clinkd::kd_rows_backward", _KEY, _rows_backward, lib=LIBRARY)
+torch.library.impl("clinkd::kd_divergence", _KEY, _divergence, lib=LIBRARY)
+torch.library.register_fake("clinkd::kd_divergence", _fake_divergence, lib=LIBRARY)
 torch.library.register_fake("clinkd::kd_rows", _fake, lib=LIBRARY)
 torch.library.register_fake("clinkd::kd_rows_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("clinkd::kd_rows", _backward, setup_context=_save, lib=LIBRARY)

@@ -3,11 +3,13 @@
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from clinkd.ops._checks import check_float, check_labels, check_options, check_rows
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
 from clinkd.ops._kd_loss_native import operator_options
+from clinkd.ops._vocab_parallel import VocabParallelRows
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
 IMPLS = ("auto", "reference", "cpu", "cuda")
@@ -38,6 +40,7 @@ def kd_loss(
     weight: Tensor | None = None,
     num_items: Tensor | int | None = None,
     softcap: float | None = None,
+    process_group: dist.ProcessGroup | None = None,
     impl: str = "auto",
 ) -> KDLoss:
     """The distillation loss of logits, see `clinkd.ops.reference.kd_loss` for the formula.
@@ -54,6 +57,9 @@ def kd_loss(
         num_items: divisor of the sum over tokens; default: the number of labelled tokens. Give the
             count of the whole optimiser step where batches are accumulated or sharded.
         softcap: Gemma's logit cap, in both models.
+        process_group: the vocabulary is cut over these ranks: rank r gives the logits of columns
+            `r * V … (r + 1) * V - 1` of both models (a column that is none: -inf), and the labels
+            of the whole vocabulary. All ranks get the loss, each the gradient of its columns.
         impl: "auto", "reference", "cpu" or "cuda". The kernels read both logits once for the loss
             and once for the gradient, and keep seven numbers a row between the two; logits of two
             dtypes are widened to the larger first.
@@ -74,9 +80,12 @@ def kd_loss(
             f"got shape {tuple(teacher_logits.shape)}"
         )
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
-    check_rows(student_logits, teacher_logits, labels, ignore_index)
+    if process_group is None:
+        check_rows(student_logits, teacher_logits, labels, ignore_index)
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
     impl = resolve_impl(impl, IMPLS, native_impl(labels.device), why_not, labels.device, dtype)
+    if process_group is not None:
+        require_kernels(impl)
     if impl == "reference":
         ce, kd = kd_loss_rows(
             student_logits,
@@ -91,14 +100,26 @@ def kd_loss(
         )
     else:
         options = operator_options(temperature, divergence, beta, skew, ignore_index, softcap, impl)
-        teacher = teacher_logits.detach().to(dtype)
-        ce, kd, _ = torch.ops.clinkd.kd_rows(student_logits.to(dtype), teacher, labels, *options)
+        parts = (student_logits.to(dtype), teacher_logits.detach().to(dtype), labels)
+        if process_group is None:
+            ce, kd, _ = torch.ops.clinkd.kd_rows(*parts, *options)
+        else:
+            ce, kd = VocabParallelRows.apply(*parts, process_group, options)
     return reduce_rows(ce, kd, labels, kd_weight, ignore_index, weight, num_items)
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an implementation cannot run for such logits; None where it can."""
     return why_not_native("kd_loss", "kd_statistics", impl, device, dtype)
+
+
+def require_kernels(impl: str) -> None:
+    """Raise where a vocabulary over several processes would have no kernel."""
+    if impl == "reference":
+        raise RuntimeError(
+            "process_group needs impl='cpu' or 'cuda', float32, float16 or bfloat16 logits and "
+            "clinkd._C; see `clinkd doctor`"
+        )
 
 
 def reduce_rows(

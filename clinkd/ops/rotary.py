@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._checks import check_float
-from clinkd.ops._impl import TYPES, extension, native_impl, resolve_impl, why_not_native
+from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
 
@@ -137,15 +137,8 @@ def _launch(x: Tensor, out: Tensor, positions: Tensor, spec: int, inverse: bool,
         known.pairs,
         known.pair_stride,
         inverse,
-        TYPES[x.dtype],
     )
-    if impl == "cpu":
-        extension().rotary_cpu(*arguments, torch.get_num_threads())
-        return
-    with torch.cuda.device(x.device):
-        error = extension().rotary_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
-    if error:
-        raise RuntimeError(f"the rotary kernel could not start: CUDA error {error}")
+    run_native("rotary", impl, x, *arguments)
 
 
 def _rotary(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> Tensor:

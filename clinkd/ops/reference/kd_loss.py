@@ -55,17 +55,22 @@ def kd_loss_rows(
     common = min(z.shape[1], t.shape[1])
     log_q = torch.log_softmax(z[:, :common] / temperature, dim=-1)  # [N, V]
     log_p = torch.log_softmax(t[:, :common] / temperature, dim=-1)  # [N, V]
-    if divergence == "forward_kl":
-        kd = _kl(log_p, log_q)
-    elif divergence == "reverse_kl":
-        kd = _kl(log_q, log_p)
-    elif divergence == "jsd":
-        log_m = _log_mix(log_p, log_q, beta)
-        kd = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-    else:
-        kd = _kl(log_p, _log_mix(log_p, log_q, skew))
-    kd = temperature**2 * kd
+    kd = temperature**2 * divergence_rows(log_p, log_q, divergence, beta, skew)
     return ce, kd.masked_fill(labels == ignore_index, 0.0)
+
+
+def divergence_rows(
+    log_p: Tensor, log_q: Tensor, divergence: str, beta: float, skew: float
+) -> Tensor:
+    """D of each row [N], from the logarithms of two distributions [N, V]; see `kd_loss_rows`."""
+    if divergence == "forward_kl":
+        return _kl(log_p, log_q)
+    if divergence == "reverse_kl":
+        return _kl(log_q, log_p)
+    if divergence == "jsd":
+        log_m = _log_mix(log_p, log_q, beta)
+        return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return _kl(log_p, _log_mix(log_p, log_q, skew))
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

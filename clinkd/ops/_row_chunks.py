@@ -1,0 +1,89 @@
+"""A loss of hidden states through an output head: a chunk of the logits exists at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+WORKSPACE_BYTES = 512 << 20  # of logits at a time, student's and teacher's together
+LEAST_ROWS = {False: 64, True: 256}  # on a GPU: fewer would only reread the weights
+
+# (rows, their logits, whether a gradient is needed) -> sums of CE and KD [2], the gradient of the
+# rows' loss by the logits, which may take their place
+Score = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+def chunk_rows(workspace: int | str, *weights: Tensor) -> int:
+    """Rows whose logits of all these heads [V, C] fit into a workspace."""
+    row = sum(w.shape[0] * w.element_size() for w in weights)
+    if workspace == "auto":
+        return max(LEAST_ROWS[weights[0].device.type == "cuda"], WORKSPACE_BYTES // row)
+    if not isinstance(workspace, int) or workspace < 0:
+        raise ValueError(f"workspace must be a number of bytes, 0 or 'auto', got {workspace!r}")
+    return max(1, workspace // row)
+
+
+class RowChunks(torch.autograd.Function):
+    """Gradients are made in the forward pass, chunk by chunk, and scaled in the backward pass.
+
+    Gives the loss, which has the gradient, and the sums of CE and KD [2].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        score: Score,
+        kd_weight: float,
+        chunk_rows: int,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        needs = ctx.needs_input_grad[:3]
+        compute = torch.promote_types(hidden.dtype, torch.float32)
+        inputs = (hidden, weight, bias)
+        grads = [
+            torch.zeros_like(tensor, dtype=compute) if need and tensor is not None else None
+            for tensor, need in zip(inputs, needs, strict=True)
+        ]
+        parts = hidden.new_zeros(2, dtype=compute)
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            found, grad = score(rows, F.linear(hidden[rows], weight, bias), any(needs))
+            parts += found
+            if grad is None:
+                continue
+            if grads[0] is not None:
+                grads[0][rows] = grad @ weight
+            if grads[1] is not None:
+                if grad.dtype == compute:
+                    grads[1].addmm_(grad.T, hidden[rows])
+                else:
+                    grads[1] += grad.T @ hidden[rows]
+            if grads[2] is not None:
+                grads[2] += grad.sum(dim=0, dtype=compute)
+        if group is not None and grads[0] is not None:
+            dist.all_reduce(grads[0], group=group)  # each rank has its columns' share
+        ctx.save_for_backward(
+            *(
+                grad.to(tensor.dtype)
+                for grad, tensor in zip(grads, inputs, strict=True)
+                if grad is not None and tensor is not None
+            )
+        )
+        ctx.present = [g is not None for g in grads]
+        return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        grads = []
+        for present in ctx.present:
+            grad = next(saved) if present else None
+            grads.append(None if grad is None else grad * grad_loss.to(grad.dtype))
+        return (*grads, *([None] * 4))

@@ -1,0 +1,105 @@
+"""The rows of `kd_loss` where each process holds a part of the vocabulary's columns.
+
+Three sums over the processes: the largest logits, the sums of exponentials relative to them, and
+the divergence, whose every term needs the whole row's sums.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clinkd.ops.reference.kd_loss import DIVERGENCES
+
+IGNORED = -1
+
+
+class VocabParallelRows(torch.autograd.Function):
+    """CE and KD [N] of the whole vocabulary, the same on all ranks of a group.
+
+    Rank r holds columns `r * V … (r + 1) * V - 1` of the student, and as many of the teacher.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        group: dist.ProcessGroup,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        ce, kd, ctx.statistics, ctx.labels = whole_rows(student, teacher, labels, group, options)
+        ctx.save_for_backward(student, teacher)
+        ctx.options = local_options(options)
+        return ce, kd
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor) -> tuple[Any, ...]:
+        student, teacher = ctx.saved_tensors
+        grad = torch.ops.clinkd.kd_rows_backward(
+            grad_ce, grad_kd, student, teacher, ctx.labels, ctx.statistics, *ctx.options
+        )
+        return grad, None, None, None, None
+
+
+def whole_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    group: dist.ProcessGroup,
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """CE and KD [N]; statistics [N, 7] of the whole rows and this rank's labels for the gradient.
+
+    The gradient of this rank's columns is that of `kd_rows` with these statistics and labels.
+    A rank with another number of columns, or a label that no rank has, gives NaN.
+    """
+    temperature, ignore_index = options[0], options[3]
+    columns = student.shape[1]
+    ignored = labels == ignore_index
+    label = labels - dist.get_rank(group) * columns  # [N]
+    owned = (label >= 0) & (label < columns) & ~ignored
+    label = torch.where(owned, label, columns).masked_fill(ignored, IGNORED)
+    # a label of another rank: any of this one's columns will do for the sums
+    inner = label.clamp(max=columns - 1)
+    forward = (temperature, DIVERGENCES.index("forward_kl"), *local_options(options)[2:])
+    ce, _, own = torch.ops.clinkd.kd_rows(student, teacher, inner, *forward)
+
+    tops, inverses = own[:, 0:6:2], own[:, 1:6:2]  # [N, 3]: at T = 1, at T, the teacher's
+    sums = torch.where(tops == -torch.inf, 0, 1 / inverses)
+    width = tops.new_tensor([[columns, -columns, 0]])
+    most = _all_reduce(torch.cat([tops, width]), dist.ReduceOp.MAX, group)
+    even = most[-1, 0] == -most[-1, 1]
+    tops_all = most[:-1]
+    scale = tops.new_tensor([1, 1 / temperature, 1 / temperature])
+    above = ((tops - tops_all.clamp(min=torch.finfo(tops.dtype).min)) * scale).exp()
+    picked = tops[:, 0] - tops_all[:, 0] - inverses[:, 0].log() - ce  # relative to the top
+    found = torch.stack([torch.where(owned, picked, 0), owned.to(picked.dtype)], dim=1)
+    total = _all_reduce(torch.cat([sums * above, found], dim=1), dist.ReduceOp.SUM, group)
+
+    sound = (total[:, 4] == 1) & even
+    statistics = torch.zeros_like(own)
+    statistics[:, 0:6:2] = tops_all
+    statistics[:, 1:6:2] = torch.where(sound[:, None], 1 / total[:, :3], torch.nan)
+    statistics.masked_fill_(ignored[:, None], 0)
+    whole = torch.ops.clinkd.kd_divergence(
+        student, teacher, label, statistics, *local_options(options)
+    )
+    value, statistics[:, 6] = _all_reduce(whole, dist.ReduceOp.SUM, group).unbind(1)
+    ce = torch.where(sound, total[:, 0].log() - total[:, 3], torch.nan).masked_fill(ignored, 0)
+    return ce, temperature**2 * value, statistics, label
+
+
+def local_options(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operators' options, with the mark of an ignored row that no rank's label can have."""
+    temperature, divergence, mix, _, softcap, impl = options
+    return (temperature, divergence, mix, IGNORED, softcap, impl)
+
+
+def _all_reduce(values: Tensor, op: Any, group: dist.ProcessGroup) -> Tensor:
+    values = values.contiguous()
+    dist.all_reduce(values, op=op, group=group)
+    return values

@@ -1,0 +1,159 @@
+// The student's part of the top-k distillation loss on a GPU: a block of threads for each row. A map
+// of one bit a column says which columns are the teacher's. The mathematics is that of
+// topk_kd_cpu.cpp.
+#pragma once
+
+#include "floats.cuh"
+#include "topk_kd.h"
+
+namespace clinkd {
+
+constexpr int kTopKThreads = 512;
+constexpr int kTopKWarps = kTopKThreads / 32;
+constexpr int64_t kTopKMostColumns = 48 * 1024 * 8 - 32 * 1024;  // a bit each, beside the sums
+
+// The tail's sums so far, both relative to its largest logit.
+struct TailSums {
+  float top, total, soft_total;
+
+  __device__ __forceinline__ void raise(float new_top, float scale) {
+    new_top = fmaxf(new_top, top);
+    const float moved = top - finite_level(new_top);
+    total *= exp2f(moved * kLog2E);
+    soft_total *= exp2f(moved * scale);
+    top = new_top;
+  }
+  __device__ __forceinline__ void add(float z, float scale) {
+    if (z > top) raise(z, scale);
+    const float above = z - finite_level(top);
+    total += exp2f(above * kLog2E);
+    soft_total += exp2f(above * scale);
+  }
+  __device__ __forceinline__ void merge(TailSums other, float scale) {
+    raise(other.top, scale);
+    other.raise(top, scale);
+    total += other.total;
+    soft_total += other.soft_total;
+  }
+};
+
+// One bit a column, set where the teacher has it. All threads wait for it.
+__device__ __forceinline__ void map_columns(const TopKArgs& a, int64_t row, uint32_t* map) {
+  const int words = static_cast<int>((a.columns + 31) / 32);
+  for (int i = threadIdx.x; i < words; i += kTopKThreads) map[i] = 0;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < a.k; i += kTopKThreads) {
+    const int32_t id = a.ids[row * a.k + i];
+    if (id < a.columns) atomicOr(map + id / 32, 1u << (id % 32));
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ bool is_mapped(const uint32_t* map, int64_t column) {
+  return map[column / 32] >> (column % 32) & 1u;
+}
+
+// Grid: one block a row; (columns + 31) / 32 words of shared memory.
+template <typename T, int V>
+__global__ void __launch_bounds__(kTopKThreads) topk_tails_kernel(const TopKArgs a) {
+  extern __shared__ uint32_t map[];
+  __shared__ TailSums shared[kTopKWarps];
+  const int64_t row = blockIdx.x;
+  float* found = a.statistics + row * kTailStatistics;
+  TailSums sums = {-float_infinity(), 0.0f, 0.0f};
+  if (a.labels[row] != a.ignore_index) {
+    map_columns(a, row, map);
+    const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
+    const float scale = kLog2E / a.temperature;
+    const int64_t packs = a.columns / V;
+    for (int64_t i = threadIdx.x; i < packs; i += kTopKThreads) {
+      const auto z = *reinterpret_cast<const Pack<T, V>*>(student + i * V);
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        if (!is_mapped(map, i * V + j)) sums.add(capped(to_float(z.item[j]), a.softcap), scale);
+    }
+    for (int64_t i = packs * V + threadIdx.x; i < a.columns; i += kTopKThreads)
+      if (!is_mapped(map, i)) sums.add(capped(to_float(student[i]), a.softcap), scale);
+    for (int distance = 16; distance > 0; distance /= 2) {
+      TailSums other;
+      other.top = __shfl_down_sync(0xffffffffu, sums.top, distance);
+      other.total = __shfl_down_sync(0xffffffffu, sums.total, distance);
+      other.soft_total = __shfl_down_sync(0xffffffffu, sums.soft_total, distance);
+      sums.merge(other, scale);
+    }
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sums;
+    __syncthreads();
+    if (threadIdx.x == 0)
+      for (int warp = 1; warp < kTopKWarps; ++warp) sums.merge(shared[warp], scale);
+  }
+  if (threadIdx.x == 0) {
+    // a NaN is not 0
+    found[kTailTop] = sums.top;
+    found[kTailInverse] = sums.total == 0.0f ? 1.0f : 1.0f / sums.total;
+    found[kTailSoftInverse] = sums.soft_total == 0.0f ? 1.0f : 1.0f / sums.soft_total;
+  }
+}
+
+// Grid and shared memory as above. `grad` may be `student`: a thread reads its logits before it
+// writes, and the teacher's columns are written by themselves.
+template <typename T, int V>
+__global__ void __launch_bounds__(kTopKThreads) topk_gradient_kernel(const TopKArgs a) {
+  extern __shared__ uint32_t map[];
+  const int64_t row = blockIdx.x;
+  T* out = static_cast<T*>(a.grad) + row * a.grad_stride;
+  const int64_t label = a.labels[row];
+  const int64_t packs = a.columns / V;
+  if (label == a.ignore_index) {
+    Pack<T, V> nothing;
+#pragma unroll
+    for (int j = 0; j < V; ++j) from_float(nothing.item[j], 0.0f);
+    for (int64_t i = threadIdx.x; i < packs; i += kTopKThreads)
+      *reinterpret_cast<Pack<T, V>*>(out + i * V) = nothing;
+    for (int64_t i = packs * V + threadIdx.x; i < a.columns; i += kTopKThreads)
+      from_float(out[i], 0.0f);
+    return;
+  }
+  map_columns(a, row, map);
+  const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
+  const float* s = a.statistics + row * kTailStatistics;
+  const float scale = kLog2E / a.temperature, level = finite_level(s[kTailTop]);
+  const float hard = a.tail_factor[row] * s[kTailInverse];
+  const float soft = a.soft_factor[row] / a.temperature * s[kTailSoftInverse];
+  const float picked = a.picked_factor[row];
+  const auto gradient = [&](float raw, int64_t column) {
+    const float z = capped(raw, a.softcap);
+    float grad = hard * exp2f((z - level) * kLog2E) + soft * exp2f((z - level) * scale);
+    if (column == label) grad += picked;
+    if (a.softcap > 0) grad *= 1.0f - (z / a.softcap) * (z / a.softcap);
+    return grad;
+  };
+  for (int64_t i = threadIdx.x; i < packs; i += kTopKThreads) {
+    const auto z = *reinterpret_cast<const Pack<T, V>*>(student + i * V);
+    Pack<T, V> grads;
+#pragma unroll
+    for (int j = 0; j < V; ++j) from_float(grads.item[j], gradient(to_float(z.item[j]), i * V + j));
+    uint32_t mapped = 0;
+#pragma unroll
+    for (int j = 0; j < V; ++j) mapped |= is_mapped(map, i * V + j);
+    if (!mapped) {
+      *reinterpret_cast<Pack<T, V>*>(out + i * V) = grads;
+      continue;
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (!is_mapped(map, i * V + j)) out[i * V + j] = grads.item[j];
+  }
+  for (int64_t i = packs * V + threadIdx.x; i < a.columns; i += kTopKThreads)
+    if (!is_mapped(map, i)) from_float(out[i], gradient(to_float(student[i]), i));
+  // no other thread reads or writes these columns
+  for (int64_t i = threadIdx.x; i < a.k; i += kTopKThreads) {
+    const int32_t id = a.ids[row * a.k + i];
+    if (id >= a.columns) continue;
+    const float z = capped(to_float(student[id]), a.softcap);
+    float grad = a.top_factor[row * a.k + i] + (id == label ? picked : 0.0f);
+    if (a.softcap > 0) grad *= 1.0f - (z / a.softcap) * (z / a.softcap);
+    from_float(out[id], grad);
+  }
+}
+
+}  // namespace clinkd
