@@ -1,0 +1,27 @@
+"""Fixtures of the tests that run CUDA kernels on the CPU; the machine itself is simt_harness.py."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from simt_build import compiler
+from simt_harness import SimtMachine
+
+
+@pytest.fixture(scope="session")
+def simt():
+    """Makes a `SimtMachine`; compiled code is kept between sessions, named by its content."""
+    if not compiler():
+        pytest.skip("no g++ here")
+    cache = Path(tempfile.gettempdir()) / f"clinkd-simt-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+
+    def make(*sources, **options):
+        return SimtMachine(sources, cache, **options)
+
+    return make

@@ -1,0 +1,161 @@
+"""Compiles the CUDA sources of csrc/ as plain C++ into a shared library, cached by content."""
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-g1"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZERS += ["-fno-omit-frame-pointer"]
+SCALARS = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "int": ctypes.c_int}
+ENTRY = re.compile(r"^int (\w+_cuda)\(const (\w+)& args, void\* stream\) \{", re.MULTILINE)
+BARRIER = re.compile(r"__syncthreads\(\)")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A fault planted in the copy of a source: `old`, which is there once, becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Build:
+    """A compiled library: its functions, and the structs that they take."""
+
+    library: Path
+    functions: dict[str, str]  # name of each and of its struct
+    structs: dict[str, type[ctypes.Structure]]
+    barriers: tuple[str, ...]  # "file:line" of each in the sources
+
+
+def build(
+    folder: Path,
+    sources: tuple[str, ...],
+    cache: Path,
+    changes: tuple[Change, ...] = (),
+    sanitize: bool = False,
+    flags: tuple[str, ...] = ("-O1",),
+) -> Build:
+    """Compile `sources`, .cu files of `folder`, with the headers beside them.
+
+    Raises:
+        RuntimeError: what the compiler says.
+    """
+    texts = _with_headers(folder, sources)
+    for change in changes:
+        assert texts[change.file].count(change.old) == 1, f"{change} does not fit once"
+        texts[change.file] = texts[change.file].replace(change.old, change.new)
+    functions = {name: args for source in sources for name, args in ENTRY.findall(texts[source])}
+    structs = {args: _struct(args, texts) for args in functions.values()}
+    own = {path.name: path.read_text(encoding="utf-8") for path in _own_files()}
+    every = [*FLAGS, *flags, *(SANITIZERS if sanitize else ())]
+    place = cache / _hash([*every, *map(str, texts.items()), *map(str, own.items()), *sources])
+    library = place / "kernels.so"
+    if not library.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (place / name).write_text(_translated(text, _entries(text)), encoding="utf-8")
+        units = [str(place / source) for source in sources]
+        half = place / f"{os.getpid()}.so"
+        command = ["g++", *every, f"-I{HERE / 'include'}", "-shared", "-x", "c++", *units]
+        _run([*command, str(HERE / "runtime.cpp"), "-o", str(half)])
+        half.rename(library)  # whole or absent
+    return Build(library, functions, structs, tuple(_barriers(texts)))
+
+
+def compiler() -> bool:
+    """Whether there is a g++ here."""
+    return subprocess.run(["which", "g++"], capture_output=True, check=False).returncode == 0
+
+
+@lru_cache(maxsize=1)
+def sanitizer_library() -> str:
+    """The address sanitizer's, which a process must load first."""
+    found = _run(["g++", "-print-file-name=libasan.so"]).strip()
+    return str(Path(found).resolve())
+
+
+def _with_headers(folder: Path, sources: tuple[str, ...]) -> dict[str, str]:
+    """Text of the sources and of all that they include from their folder, by name."""
+    texts: dict[str, str] = {}
+    todo = list(sources)
+    while todo:
+        name = todo.pop()
+        if name not in texts:
+            texts[name] = (folder / name).read_text(encoding="utf-8")
+            todo += re.findall(r'^#include "(.+)"', texts[name], re.MULTILINE)
+    return texts
+
+
+def _own_files() -> list[Path]:
+    return [HERE / "runtime.cpp", HERE / "fiber.h", *sorted((HERE / "include").iterdir())]
+
+
+def _hash(parts: list[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
+
+
+def _translated(text: str, entries: str) -> str:
+    """The source with shared memory as the harness has it, line for line, and its entries."""
+    text = re.sub(
+        r"extern __shared__ ([\w:]+) (\w+)\[\];",
+        r"\1* const \2 = static_cast<\1*>(simt::dynamic_place());",
+        text,
+    )
+    text = re.sub(
+        r"__shared__ ([\w:<>, ]+?) (\w+)((?:\[[^\]]*\])*);",
+        r'auto& \2 = simt::shared<\1\3>(SIMT_SITE " \2");',
+        text,
+    )
+    return text + entries
+
+
+def _entries(text: str) -> str:
+    """C functions around those of a source, and the sizes of their structs."""
+    lines = []
+    for name, args in ENTRY.findall(text):
+        lines.append(f'extern "C" int simt_{name}(const clinkd::{args}* args) {{')
+        lines.append(f"  return clinkd::{name}(*args, nullptr);\n}}")
+        lines.append(f'extern "C" size_t simt_size_{name}() {{ return sizeof(clinkd::{args}); }}')
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _struct(name: str, texts: dict[str, str]) -> type[ctypes.Structure]:
+    """A struct of plain fields, as a header declares it."""
+    bodies = [re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL) for text in texts.values()]
+    (body,) = [found[1] for found in bodies if found]
+    fields = []
+    for declaration in re.sub(r"//.*", "", body).split(";"):
+        if not declaration.strip():
+            continue
+        kind, names = re.fullmatch(r"\s*((?:const )?\w+\*?)\s+(.*)", declaration).groups()
+        base = ctypes.c_void_p if kind.endswith("*") else SCALARS[kind]
+        for field in names.split(","):
+            word, size = re.fullmatch(r"\s*(\w+)(?:\[(\d+)\])?\s*", field).groups()
+            fields.append((word, base * int(size) if size else base))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def _barriers(texts: dict[str, str]) -> list[str]:
+    return [
+        f"{name}:{number}"
+        for name, text in texts.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if BARRIER.search(line)
+    ]
