@@ -3,8 +3,8 @@
     machine = SimtMachine(CSRC, ("rotary.cu",), cache)
     machine.run("rotary_cuda", {"x": x, "out": out, "batch": 2, ...}, Schedule("reverse"))
 
-Every `int NAME(const ARGS& args, void* stream)` of the sources can be called, with a value for every
-field of ARGS: a tensor (or None) for a pointer, a list for an array.
+Every `int NAME(const ARGS& args, void* stream)` of the sources can be called, with a value for
+every field of ARGS: a tensor (or None) for a pointer, a list for an array.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The CUDA kernels of `kd_loss`, run on the CPU: against float64, in every schedule, with faults."""
+"""The CUDA kernels of `kd_loss` on the CPU: against float64, in every schedule, with faults."""
 
 import itertools
 
@@ -149,7 +149,7 @@ def test_every_schedule_gives_the_same(machine, divergence):
 
 
 def caught_by(machine, schedule):
-    """Divergences with which a schedule shows a fault: another result than float64's, or an error."""
+    """Divergences with which a schedule shows a fault: not float64's result, or an error."""
     caught = []
     for divergence in DIVERGENCES:
         try:

@@ -1,4 +1,4 @@
-"""The CUDA kernel of `rotary`, run on the CPU: against float64, in every schedule, with faults."""
+"""The CUDA kernel of `rotary` on the CPU: against float64, in every schedule, with faults."""
 
 import pytest
 import torch
@@ -184,7 +184,7 @@ def test_the_sanitizers_find_a_planted_fault(simt, name):
 
 
 WRONG = [
-    Change("rotary_kernel.cuh", "int second = NEIGHBOURS ? first + V", "int second = NEIGHBOURS ? first"),
+    Change("rotary_kernel.cuh", "second = NEIGHBOURS ? first + V", "second = NEIGHBOURS ? first"),
     Change("rotary_kernel.cuh", "pair / n * 2 * n + pair % n", "pair / n * n + pair % n"),
     Change("rotary_kernel.cuh", "a.axis[pair + j] *", "a.axis[pair] *"),
     Change("rotary_kernel.cuh", "const T* head = x + h * a.x_stride[2]", "const T* head = x"),

@@ -1,0 +1,145 @@
+"""The harness itself: what its threads may do, what it refuses, what 16 bits hold."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from simt_harness import SCHEDULES, Fault, Schedule
+
+PROBES = Path(__file__).parent / "probes"
+KERNELS = (
+    "block_sum", "exchange", "count_distinct", "barrier_in_a_branch", "two_barriers",
+    "lane_that_is_gone", "foreign_mask", "shared_past_the_end", "rounded",
+)  # fmt: skip
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.order} {s.seed}")
+
+
+@pytest.fixture(scope="module")
+def machine(simt):
+    return simt("probes.cu", folder=PROBES)
+
+
+def fields(kernel, given, out, words=None, blocks=1, threads=64, dynamic_bytes=0):
+    """`ProbeArgs` of a kernel."""
+    return {
+        "in": given, "out": out, "words": words, "size": given.numel(), "blocks": blocks,
+        "threads": threads, "dynamic_bytes": dynamic_bytes, "which": KERNELS.index(kernel),
+    }  # fmt: skip
+
+
+def run(machine, kernel, given, out, schedule=SCHEDULES[0], **more):
+    machine.run("probe_cuda", fields(kernel, given, out, **more), schedule)
+    return out
+
+
+@each_schedule
+def test_blocks_and_barriers(machine, schedule):
+    given = torch.randint(-50, 50, (7 * 64,)).float()
+    found = run(machine, "block_sum", given, torch.full((7,), torch.nan), schedule, blocks=7)
+    assert torch.equal(found, given.view(7, 64).sum(1))
+
+
+def test_a_missing_barrier_is_seen(machine):
+    barrier = machine.built.barriers[0]
+    given = torch.randint(1, 50, (64,)).float()
+    wrong = []
+    for s in SCHEDULES:
+        schedule = Schedule(s.order, s.seed, dropped=barrier)
+        found = run(machine, "block_sum", given, torch.full((1,), torch.nan), schedule)
+        wrong.append(found.item() != given.sum().item())
+    assert sum(wrong) >= 3
+
+
+@each_schedule
+def test_exchange(machine, schedule):
+    v = torch.randn(64)
+    out, words = torch.full((64, 6), torch.nan), torch.zeros(64, 3, dtype=torch.int32)
+    run(machine, "exchange", v, out, schedule, words=words)
+    warps = v.view(2, 32)
+    down, up = warps.clone(), warps.clone()
+    down[:, :-3], up[:, 3:] = warps[:, 3:], warps[:, :-3]
+    eights = v.view(8, 8).clone()
+    eights[:, :-1] = v.view(8, 8)[:, 1:]
+    halves = warps.clone()
+    halves[:, :16] = warps[:, [*range(8, 16), *range(8)]]
+    swapped = v.view(-1, 2).flip(1).reshape(-1)
+    expected = (warps[:, 5:6].expand(2, 32), down, up, swapped, eights, halves)
+    for i, values in enumerate(expected):
+        assert torch.equal(out[:, i], values.reshape(-1)), i
+    bits = [sum(1 << i for i in range(32) if warp[i] > 0) for warp in warps]
+    assert (words[:, 0].view(2, 32).long() & 0xFFFFFFFF).tolist() == [[b] * 32 for b in bits]
+    assert words[:, 1].tolist() == [
+        int(bool((warp > 2).any())) for warp in warps for _ in range(32)
+    ]
+    assert words[:, 2].tolist() == [
+        int(bool((warp > -2).all())) for warp in warps for _ in range(32)
+    ]
+
+
+@each_schedule
+def test_dynamic_memory_and_atomics(machine, schedule):
+    given = torch.randint(0, 96, (256,)).float()
+    words = torch.zeros(1, dtype=torch.int32)
+    run(
+        machine, "count_distinct", given, torch.zeros(1), schedule,
+        words=words, threads=256, dynamic_bytes=12,
+    )  # fmt: skip
+    assert words.item() == len(given.unique())
+
+
+@each_schedule
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("barrier_in_a_branch", r"1 threads ended without the barrier at .*probes\.cu:"),
+        ("two_barriers", r"threads wait at different barriers: .*probes\.cu:\d+ and .*probes\.cu"),
+        ("lane_that_is_gone", r"no thread can go on: 0 at .*probes\.cu:"),
+        ("foreign_mask", r"this thread is not in its own mask 0xffff at .*probes\.cu:"),
+    ],
+)
+def test_broken_rules_are_errors(machine, kernel, message, schedule):
+    with pytest.raises(Fault, match=message):
+        run(machine, kernel, torch.zeros(64), torch.zeros(64), schedule)
+    given = torch.ones(64)  # and the next launch is a fresh one
+    assert run(machine, "block_sum", given, torch.zeros(1), schedule).item() == 64
+
+
+@pytest.mark.parametrize(
+    "launch", [{"threads": 1025}, {"threads": 0}, {"blocks": 0}, {"dynamic_bytes": 49_153}]
+)
+def test_launches_that_a_gpu_refuses(machine, launch):
+    with pytest.raises(Fault, match="CUDA error 9"):
+        run(machine, "block_sum", torch.zeros(64), torch.zeros(1), **launch)
+
+
+def test_rounding_to_16_bits(machine):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = torch.cat([every.view(torch.float16).float(), every.view(torch.bfloat16).float()])
+    between = (values[1:] + values[:-1]) / 2  # ties among them
+    spread = torch.randn(20_000) * 2.0 ** torch.randint(-40, 40, (20_000,))
+    given = torch.cat([values, between, between * (1 + 1e-7), spread])
+    found = run(machine, "rounded", given, torch.full((len(given), 2), torch.nan), blocks=4)
+    for i, dtype in enumerate((torch.float16, torch.bfloat16)):
+        assert torch.equal(found[:, i].nan_to_num(7e30), given.to(dtype).float().nan_to_num(7e30))
+
+
+@pytest.mark.slow
+def test_the_sanitizer_sees_the_end_of_shared_memory(simt):
+    machine = simt("probes.cu", folder=PROBES, sanitize=True, flags=("-O0",))
+    given, out = torch.ones(64), torch.zeros(1)
+    machine.run_apart([("probe_cuda", fields("block_sum", given, out), s) for s in SCHEDULES])
+    assert out.item() == 64
+    job = ("probe_cuda", fields("shared_past_the_end", given, torch.zeros(64)), SCHEDULES[0])
+    with pytest.raises(Fault, match="heap-buffer-overflow"):
+        machine.run_apart([job])
+
+
+@pytest.mark.slow
+def test_without_assembly(simt):
+    """The way that other processors than x86-64 take."""
+    machine = simt("probes.cu", folder=PROBES, flags=("-O1", "-DSIMT_UCONTEXT"))
+    for schedule in SCHEDULES:
+        test_blocks_and_barriers(machine, schedule)
+        test_exchange(machine, schedule)
+    with pytest.raises(Fault, match="no thread can go on"):
+        run(machine, "lane_that_is_gone", torch.zeros(64), torch.zeros(64))
