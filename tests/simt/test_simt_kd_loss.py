@@ -148,6 +148,19 @@ def test_every_schedule_gives_the_same(machine, divergence):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_divergence_adds_up_over_parts_of_the_columns(machine, divergence):
+    z, t, labels, factors = make(2, 900, 900)
+    whole = run(machine, z, t, labels, factors, divergence=divergence, temperature=2.0)
+    value, mean = torch.zeros(2), torch.zeros(2)
+    for part in (slice(0, 513), slice(513, 900)):
+        rows = Rows(z[:, part], t[:, part], labels, factors, divergence=divergence, temperature=2.0)
+        machine.run("kd_divergence_cuda", rows.fields | {"statistics": whole.statistics})
+        value, mean = value + rows.kd, mean + rows.ce
+    assert torch.allclose(4 * value, whole.kd, rtol=1e-5)
+    assert torch.allclose(mean, whole.statistics[:, -1], rtol=1e-5, atol=1e-7)
+
+
 def caught_by(machine, schedule):
     """Divergences with which a schedule shows a fault: not float64's result, or an error."""
     caught = []
