@@ -11,6 +11,7 @@ import typer
 from clinkd._version import __version__
 from clinkd.commands.ablate import ablate
 from clinkd.commands.ask import ask
+from clinkd.commands.cache import app as cache_app
 from clinkd.commands.data import app as data_app
 from clinkd.commands.evaluate import compare, metrics_app
 from clinkd.commands.llava_med import llava_med
@@ -183,6 +184,7 @@ app.command()(ablate)
 app.command("llava-med")(llava_med)
 app.add_typer(metrics_app, name="metrics")
 app.add_typer(data_app, name="data")
+app.add_typer(cache_app, name="cache")
 recipes_app = typer.Typer(help="The configs that come with clinkd.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 

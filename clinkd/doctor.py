@@ -87,10 +87,17 @@ def _ops() -> Iterator[str]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield f"{'op on ' + device.type:26} {'takes':12} because"
-    for name in ("rotary", "rotary_attention", "prefix_decode_attention", "kd_loss"):
+    for name in (
+        "rotary",
+        "rotary_attention",
+        "prefix_decode_attention",
+        "topk_kd_loss",
+        "kd_loss",
+    ):
         module = import_module(f"clinkd.ops.{name}")  # the package's name of it is the op
         native = module.native_impl(device)
         reason = module.why_not(native, device, torch.float32)
         choice = native if reason is None else "reference"
         yield f"{name:26} {choice:12} {reason or 'it is the fastest here'}"
-    yield f"{'linear_kd_loss':26} {choice:12} as kd_loss, between matrix products of row chunks"
+    for name in ("linear_kd_loss", "linear_topk_kd_loss"):
+        yield f"{name:26} {choice:12} as kd_loss, between matrix products of row chunks"

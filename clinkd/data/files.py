@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or the new one, never half of one."""
+"""Atomic writes: a reader sees the old file or the new one, never half of one; JSON lines back."""
 
 import errno
 import hashlib
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from clinkd.errors import SetupError
+from clinkd.errors import DataError, SetupError
 
 _CAUSES = {
     errno.ENOSPC: "no space left on the disk; free some and start again",
@@ -95,6 +95,30 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
     with atomic_write(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The JSON value of each line of a file; empty lines are passed over.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not JSON; it is named by its number.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _value(line, f"{path}:{number}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: must be UTF-8 text") from None
+
+
+def _value(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON: {error}; make the file anew") from None
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -3,6 +3,7 @@
     manifest.json            what the cache was made from and how; written first
     shard-00000.safetensors  the rows of `shard_records` records, memory-mapped when read
     shard-00000.json         size and SHA-256 of that file; written last: without it no shard
+    head.safetensors, .json  the teacher's output head, likewise (`hidden`)
 
 A row belongs to one answer token, in the order of the records. `hidden` keeps the teacher's last
 hidden state as it was computed: exact at any temperature. `top-k` keeps, of each row, its
@@ -120,6 +121,10 @@ class TeacherCache:
         """Shards that are not whole; writing goes on with them."""
         return [s for s in range(self.spec.shards) if not self._path(s, "json").exists()]
 
+    def whole(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.missing() and (self.spec.kind == "top-k" or self.has_head())
+
     def shard_range(self, shard: int) -> range:
         """Indices of a shard's records."""
         start = shard * self.spec.shard_records
@@ -138,11 +143,25 @@ class TeacherCache:
         tokens = torch.cat(labels).to(torch.int32)
         tensors = {**rows, "labels": tokens, "offsets": counts.cumsum(0)}
         self._check(tensors, shard)
-        path = self._path(shard, "safetensors")
-        with atomic_write(path, "wb") as file:
-            file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
-        seal = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        write_json(self._path(shard, "json"), seal)
+        _write_sealed(self._path(shard, "safetensors"), tensors)
+
+    def has_head(self) -> bool:
+        """Whether the teacher's output head is there, whole."""
+        return (self.folder / "head.json").exists()
+
+    def write_head(self, weight: Tensor) -> None:
+        """Keep the teacher's output head [V, C], which turns hidden states into logits."""
+        _write_sealed(self.folder / "head.safetensors", {"weight": weight})
+
+    def head(self) -> Tensor:
+        """The output head [V, C].
+
+        Raises:
+            DataError: it is absent or damaged.
+        """
+        file = _open_sealed(self.folder / "head.safetensors")
+        weight: Tensor = file.get_tensor("weight")
+        return weight
 
     def read(self, record: int, labels: Tensor) -> dict[str, Tensor]:
         """Rows of one record: `hidden`, or what `decode_top_k` returns.
@@ -167,18 +186,24 @@ class TeacherCache:
         found = {name: file.get_slice(name)[rows] for name in names}
         return decode_top_k(found, self.spec.temperature)
 
+    def verify(self) -> None:
+        """Read all of it.
+
+        Raises:
+            DataError: a part is absent or damaged.
+        """
+        for shard in range(self.spec.shards):
+            self._shard(shard)
+        if self.spec.kind == "hidden":
+            self.head()
+
     def _shard(self, shard: int) -> tuple[Any, Tensor]:
         if shard not in self._open:
             path = self._path(shard, "safetensors")
-            seal = _read_json(self._path(shard, "json"))
+            file = _open_sealed(path)
             try:
-                if seal != {"bytes": path.stat().st_size, "sha256": sha256_file(path)}:
-                    raise DataError(f"{path}: its checksum is wrong; delete it and its .json")
-                file: Any = safe_open(path, framework="pt")
                 self._check({name: file.get_tensor(name) for name in file.keys()}, shard)  # noqa: SIM118
-            except (OSError, SafetensorError, ValueError) as error:
-                if isinstance(error, DataError):
-                    raise
+            except ValueError as error:
                 raise DataError(f"{path}: cannot be used: {error}") from None
             self._open[shard] = (file, file.get_tensor("offsets"))
         return self._open[shard]
@@ -206,6 +231,23 @@ class TeacherCache:
         ends = (int(offsets[0]), int(offsets[-1]))
         if ends != (0, rows) or bool((offsets.diff() < 0).any()):
             raise ValueError("offsets must rise from 0 to the number of rows")
+
+
+def _write_sealed(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_write(path, "wb") as file:
+        file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    seal = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    write_json(path.with_suffix(".json"), seal)
+
+
+def _open_sealed(path: Path) -> Any:
+    seal = _read_json(path.with_suffix(".json"))
+    try:
+        if seal != {"bytes": path.stat().st_size, "sha256": sha256_file(path)}:
+            raise DataError(f"{path}: its checksum is wrong; delete it and its .json")
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be used: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def run(
 
 
 def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from clinkd.pipeline import stages  # here: it imports torch and transformers
 
     entry = folder.book()["stages"].get(stage, {})
@@ -100,7 +100,7 @@ def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console
     console.stage_done(stage, summary, time.monotonic() - start)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Our own bars and lines say what happens; libraries' bars would run through them."""
     import torch
     from transformers.utils import logging

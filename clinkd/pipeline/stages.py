@@ -1,32 +1,34 @@
 """What each stage does: it reads the run folder and writes its own files only."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, PreTrainedModel
 
 from clinkd import generate, models, report
-from clinkd.config import DEMO, CorrectConfig, RunConfig, TrainConfig
+from clinkd.config import DEMO, CorrectConfig
 from clinkd.data.checks import require_sound
-from clinkd.data.files import write_jsonl
+from clinkd.data.files import read_jsonl, write_jsonl
 from clinkd.data.records import Record, Turn, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
 from clinkd.evaluate.run import evaluate_run
 from clinkd.evaluate.text.jars import require_spice
-from clinkd.generate.select import Selection
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
+from clinkd.pipeline.steps import (
+    answer,
+    load_model,
+    positions_of,
+    start_of,
+    teacher_for,
+    train_model,
+)
 from clinkd.progress import Update
-from clinkd.rotary import PositionConfig
 from clinkd.train.correction.correct import correct_records, write_round
 from clinkd.train.correction.similarity import make_similarity
 from clinkd.train.correctors import make_corrector
 from clinkd.train.log import MetricsLog
-from clinkd.train.trainer import Job, train
 
 Stage = Callable[[RunFolder, Update], str]
 
@@ -79,24 +81,26 @@ def _build_demo_model(folder: RunFolder, records: Sequence[Record]) -> None:
     texts = [turn.value for record in records for turn in record.conversations]
     processor = build_processor(texts, config.demo.vocabulary, config.min_pixels, config.max_pixels)
     model = build_model(processor, config.demo, folder.config.seed)
-    models.apply(model, positions=_positions(folder.config))
+    models.apply(model, positions=positions_of(folder.config))
     save_model(folder.student("base"), model, processor)
 
 
 def teacher(folder: RunFolder, progress: Update) -> str:
     """Fine-tune a copy of the start on the teacher's share of the training split."""
     records = read_records(folder.data("teacher"))
-    start = folder.config.model.teacher or _start(folder)
-    model, processor = _load(folder.config, start, training=True)
-    loss = _train(folder, "teacher", model, processor, records, folder.config.teacher, progress)
+    start = folder.config.model.teacher or start_of(folder)
+    model, processor = load_model(folder.config, start, training=True)
+    loss = train_model(
+        folder, "teacher", model, processor, records, folder.config.teacher, progress
+    )
     return f"{len(records)} records, loss {loss:.3f}"
 
 
 def pseudo_label(folder: RunFolder, progress: Update) -> str:
     """Let the teacher answer the training split, with its confidence in each answer."""
     records = read_records(folder.data("train"))
-    model, processor = _load(folder.config, str(folder.teacher))
-    rows = _answer(
+    model, processor = load_model(folder.config, str(folder.teacher))
+    rows = answer(
         folder, model, processor, records, folder.path / "pseudo" / "answers.jsonl", progress
     )
     for row in rows:
@@ -116,25 +120,30 @@ def _confidence(row: dict[str, Any]) -> float:
 def distill(folder: RunFolder, progress: Update) -> str:
     """Train the student on the truth and on the teacher's distributions or answers."""
     config = folder.config.distill
-    records = read_records(folder.data("train"))
+    records = distill_records(folder)
     soft = config.pseudo_labels != "hard"
-    if config.pseudo_labels != "soft":
-        records += _hard_labels(folder, records, config.min_confidence)
-    student, processor = _load(folder.config, _start(folder), training=True)
-    teacher_model = _load(folder.config, str(folder.teacher))[0] if soft else None
+    student, processor = load_model(folder.config, start_of(folder), training=True)
+    told = teacher_for(folder, records, processor, progress) if soft else None
     output = folder.student("distilled")
-    loss = _train(
-        folder, "distill", student, processor, records, config, progress, output, teacher_model
+    loss = train_model(
+        folder, "distill", student, processor, records, config, progress, output, told
     )
     return f"{len(records)} records, loss {loss:.3f}"
+
+
+def distill_records(folder: RunFolder) -> list[Record]:
+    """The training split, and the teacher's confident answers to it where they are wanted."""
+    records = read_records(folder.data("train"))
+    if folder.config.distill.pseudo_labels != "soft":
+        records += _hard_labels(folder, records, folder.config.distill.min_confidence)
+    return records
 
 
 def _hard_labels(folder: RunFolder, records: Sequence[Record], least: float) -> list[Record]:
     """Records that carry the teacher's confident answers in place of the truth."""
     by_id = {record.id: record for record in records}
     out = []
-    for line in (folder.path / "pseudo" / "labels.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_jsonl(folder.path / "pseudo" / "labels.jsonl"):
         if row["confidence"] >= least and row["response"].strip():
             record = by_id[row["id"]]
             turns = (*record.conversations[:-1], Turn("gpt", row["response"]))
@@ -176,10 +185,10 @@ def _round(
     config: CorrectConfig = folder.config.correct
     place = folder.correction(round_)
     records = read_records(folder.data("train"))
-    model, processor = _load(folder.config, start, training=True)
+    model, processor = load_model(folder.config, start, training=True)
     if not (place / "data.jsonl").exists():
         asked = limit_records(records, config.records_limit, folder.config.seed + round_)
-        rows = _answer(folder, model, processor, asked, place / "answers.jsonl", progress)
+        rows = answer(folder, model, processor, asked, place / "answers.jsonl", progress)
         corrections = correct_records(
             asked,
             {row["id"]: row["response"] for row in rows},
@@ -191,7 +200,7 @@ def _round(
             progress=progress,
         )
         write_round(place, records, corrections)
-    _train(
+    train_model(
         folder,
         f"correct-{round_}",
         model,
@@ -204,8 +213,7 @@ def _round(
 
 
 def _count_corrections(folder: RunFolder, round_: int) -> int:
-    text = (folder.correction(round_) / "corrections.jsonl").read_text(encoding="utf-8")
-    return sum(bool(line.strip()) for line in text.splitlines())
+    return sum(1 for _ in read_jsonl(folder.correction(round_) / "corrections.jsonl"))
 
 
 def generate_answers(folder: RunFolder, progress: Update) -> str:
@@ -213,21 +221,21 @@ def generate_answers(folder: RunFolder, progress: Update) -> str:
     config = folder.config.generate
     records = read_records(folder.data("test"))
     earlier = {
-        "base": _start(folder),
+        "base": start_of(folder),
         "teacher": str(folder.teacher),
         "distilled": str(folder.student("distilled")),
     }
     for name, path in earlier.items():
         output = folder.path / "predictions" / f"{name}.jsonl"
         if not output.exists():
-            model, processor = _load(folder.config, path)
-            _answer(folder, model, processor, records, output, progress, beams=config.num_beams)
-    model, processor = _load(folder.config, str(folder.final_student))
+            model, processor = load_model(folder.config, path)
+            answer(folder, model, processor, records, output, progress, beams=config.num_beams)
+    model, processor = load_model(folder.config, str(folder.final_student))
     scorer = None
     if config.selection in ("clip", "mixed", "oracle"):
         name = f"local-dir:{folder.scorer}" if config.scorer == DEMO else config.scorer
         scorer = generate.ClipScorer.load(name)
-    _answer(
+    answer(
         folder,
         model,
         processor,
@@ -275,94 +283,3 @@ RUN: dict[str, Stage] = {
     "evaluate": evaluate_answers,
     "report": write_report,
 }
-
-
-# shared by the stages ---------------------------------------------------------------------------
-
-
-def _start(folder: RunFolder) -> str:
-    """The untrained student: a name or folder."""
-    student = folder.config.model.student
-    return str(folder.student("base")) if student == DEMO else student
-
-
-def _positions(config: RunConfig) -> PositionConfig:
-    return PositionConfig(
-        preset=config.model.positions.preset, pos_scale=config.model.positions.pos_scale
-    )
-
-
-def _load(config: RunConfig, path: str, *, training: bool = False) -> tuple[PreTrainedModel, Any]:
-    """A model with its positions applied, and its processor with the configured image sizes.
-
-    For training the weights are float32 whatever the arithmetic: bfloat16 would round most steps of
-    a small learning rate away.
-    """
-    dtype = torch.float32 if training else getattr(torch, config.model.dtype)
-    model = models.load(path, positions=_positions(config), dtype=dtype)
-    processor = AutoProcessor.from_pretrained(
-        path,
-        size={"shortest_edge": config.model.min_pixels, "longest_edge": config.model.max_pixels},
-    )
-    if torch.cuda.is_available():
-        model = model.cuda()
-    return model, processor
-
-
-def _train(
-    folder: RunFolder,
-    stage: str,
-    model: PreTrainedModel,
-    processor: Any,
-    records: Sequence[Record],
-    settings: TrainConfig,
-    progress: Update,
-    output: Path | None = None,
-    teacher_model: PreTrainedModel | None = None,
-) -> float:
-    if folder.config.model.freeze_vision:
-        model.model.visual.requires_grad_(False)
-    job = Job(
-        stage=stage,
-        output=output or folder.teacher,
-        log=MetricsLog(folder.path / "metrics.jsonl"),
-        records=records,
-        data_root=data_root(folder.config.data),
-        seed=folder.config.seed,
-        progress=progress,
-        bfloat16=folder.config.model.dtype == "bfloat16",
-    )
-    return train(job, model, processor, settings, teacher_model)
-
-
-def _answer(
-    folder: RunFolder,
-    model: PreTrainedModel,
-    processor: Any,
-    records: Sequence[Record],
-    output: Path,
-    progress: Update,
-    beams: int = 1,
-    samples: int = 1,
-    scorer: Any = None,
-    selection: Selection = "beam",
-) -> list[dict[str, Any]]:
-    """Answers of a model to records, as prediction rows in the records' order."""
-    config = folder.config.generate
-    generate.answer_records(
-        model.eval(),
-        processor,
-        records,
-        data_root(folder.config.data),
-        output,
-        beams=beams,
-        samples=samples,
-        max_new_tokens=config.max_new_tokens,
-        length_penalty=config.length_penalty,
-        batch_size=config.batch_size,
-        scorer=scorer,
-        selection=selection,
-        mix=config.mix,
-        progress=progress,
-    )
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]

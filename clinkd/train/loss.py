@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clinkd.config import DistillConfig
-from clinkd.data.collate import IGNORE_INDEX
-from clinkd.ops import KDLoss, linear_kd_loss
+from clinkd.ops import KDLoss, linear_kd_loss, linear_topk_kd_loss
+from clinkd.train.teachers import answer_rows
 
 
 @contextmanager
@@ -33,8 +33,7 @@ def _forward(
     model: Any,
     *,
     labels: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher: dict[str, Tensor] | None = None,
     kd: DistillConfig | None = None,
     num_items: Tensor | int | None = None,
     **inputs: Any,
@@ -43,36 +42,35 @@ def _forward(
 
     Args:
         labels: [B, S], not shifted; `IGNORE_INDEX` outside the answers.
-        teacher_hidden: [B, S, Ct] last hidden states of the teacher.
-        teacher_weight: [Vt, Ct] its output head.
+        teacher: what it says at the answer tokens, see `clinkd.train.teachers.Teacher`.
         kd: weight, temperature and divergence; None: cross-entropy alone.
         num_items: answer tokens of the whole optimiser step, over all processes.
     """
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    targets = labels[:, 1:].flatten()  # [B * (S - 1)]
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    rows = answer_rows(labels)
+    hidden = hidden[:, :-1].flatten(0, 1)[rows]  # [n, C]
+    targets = labels[:, 1:].flatten()[rows]  # [n]
+    weight = model.lm_head.weight
     if num_items is None:
-        num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    if kd is None:
-        return _cross_entropy(hidden, model.lm_head.weight, targets, num_items)
-    assert teacher_hidden is not None
-    assert teacher_weight is not None
-    return linear_kd_loss(
-        hidden,
-        model.lm_head.weight,
-        teacher_hidden[:, :-1].flatten(0, 1),
-        teacher_weight,
-        targets,
-        kd_weight=kd.kd_weight,
-        temperature=kd.temperature,
-        divergence=kd.divergence,
-        num_items=num_items,
-    )
+        num_items = max(1, len(targets))
+    if kd is None or teacher is None:
+        return _cross_entropy(hidden, weight, targets, num_items)
+    options: dict[str, Any] = {
+        "kd_weight": kd.kd_weight,
+        "temperature": kd.temperature,
+        "divergence": kd.divergence,
+        "num_items": num_items,
+    }
+    if "hidden" in teacher:
+        whole = (teacher["hidden"], teacher["weight"])
+        return linear_kd_loss(hidden, weight, *whole, targets, **options)
+    top = (teacher["logits"], teacher["ids"], teacher["lse"])
+    return linear_topk_kd_loss(hidden, weight, *top, targets, **options)
 
 
 def _cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, num_items: Tensor | int
 ) -> KDLoss:
-    rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    logits = F.linear(hidden[rows], weight).float()
-    loss = F.cross_entropy(logits, targets[rows], reduction="sum") / num_items
+    logits = F.linear(hidden, weight).float()
+    loss = F.cross_entropy(logits, targets, reduction="sum") / num_items
     return KDLoss(loss=loss, ce=loss, kd=torch.zeros_like(loss))

@@ -3,13 +3,8 @@
 import math
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,43 +15,19 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from clinkd.config import DistillConfig, TrainConfig
 from clinkd.data.collate import AnswerDataset, collate
-from clinkd.data.records import Record
-from clinkd.errors import ClinkdError, Preempted, SetupError
-from clinkd.train.log import MetricsLog
+from clinkd.data.teacher_cache import TeacherCache
+from clinkd.errors import Preempted, SetupError
+from clinkd.train.job import Job
 from clinkd.train.loss import answer_forward
 from clinkd.train.sampler import BucketSampler
-
-Progress = Callable[[int, int, str], None]  # done steps, all steps, what to show beside them
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one training stage works on and where it writes.
-
-    Attributes:
-        stage: name in metrics.jsonl.
-        output: folder of the finished model; checkpoints lie in `checkpoints/` beside its files.
-        log: the run's metrics.jsonl.
-        bfloat16: arithmetic on a GPU in bfloat16 (autocast); weights stay float32.
-    """
-
-    stage: str
-    output: Path
-    log: MetricsLog
-    records: Sequence[Record]
-    data_root: Path
-    seed: int
-    progress: Progress | None = None
-    bfloat16: bool = False
+from clinkd.train.teachers import CachedRows, CachedTeacher, LiveTeacher, Teacher
+from clinkd.train.watch import Watch
 
 
 def train(
@@ -64,7 +35,7 @@ def train(
     model: PreTrainedModel,
     processor: Any,
     settings: TrainConfig,
-    teacher: PreTrainedModel | None = None,
+    teacher: PreTrainedModel | TeacherCache | None = None,
 ) -> float:
     """Train on the records' answers, and from a teacher's distributions if one is given.
 
@@ -82,10 +53,15 @@ def train(
         ClinkdError: the loss is not finite.
         SetupError: no space left for a checkpoint; the last one is whole.
     """
-    dataset = AnswerDataset(job.records, job.data_root, processor, settings.max_length)
+    dataset: Any = AnswerDataset(job.records, job.data_root, processor, settings.max_length)
+    told: Teacher | None = None
+    if isinstance(teacher, TeacherCache):
+        dataset, told = CachedRows(dataset, teacher), CachedTeacher(teacher)
+    elif teacher is not None:
+        told = LiveTeacher(teacher)
     checkpoints = job.output / "checkpoints"
     arguments = _arguments(job, settings, checkpoints, len(dataset))
-    callback = _Watch(job)
+    callback = Watch(job)
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
@@ -93,8 +69,8 @@ def train(
         data_collator=partial(collate, pad_token_id=processor.tokenizer.pad_token_id),
         callbacks=[callback],
         processing_class=processor,
-        teacher=teacher,
-        kd=settings if isinstance(settings, DistillConfig) else None,
+        teacher=told,
+        kd=settings if told is not None and isinstance(settings, DistillConfig) else None,
     )
     trainer.remove_callback(PrinterCallback)  # our own log says it
     if settings.gradient_checkpointing:
@@ -173,7 +149,7 @@ class AnswerTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        teacher: PreTrainedModel | None = None,
+        teacher: Teacher | None = None,
         kd: DistillConfig | None = None,
         **kwargs: Any,
     ) -> None:
@@ -184,9 +160,6 @@ class AnswerTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.kd = kd
         self.teacher = teacher
-        if teacher is not None:
-            teacher.eval().requires_grad_(False)
-            self.teacher = teacher.to(self.args.device)
         self._parts: list[Tensor] = []  # (CE, KD) of each micro-batch since the last log line
         self._logged_step = 0
         self._staging: str | None = None
@@ -203,19 +176,8 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        teacher_hidden = teacher_weight = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                kept = {name: value for name, value in inputs.items() if name != "labels"}
-                teacher_hidden = self.teacher.model(**kept, use_cache=False).last_hidden_state
-            teacher_weight = self.teacher.lm_head.weight
-        loss = model(
-            **inputs,
-            teacher_hidden=teacher_hidden,
-            teacher_weight=teacher_weight,
-            kd=self.kd,
-            num_items=num_items_in_batch,
-        )
+        told = None if self.teacher is None else self.teacher(inputs)
+        loss = model(**inputs, teacher=told, kd=self.kd, num_items=num_items_in_batch)
         self._parts.append(torch.stack([loss.ce.detach(), loss.kd.detach()]))
         # gradients are averaged over processes, while num_items counts the tokens of all of them
         total: Tensor = loss.loss * self.accelerator.num_processes
@@ -288,66 +250,3 @@ def _prune(root: Path, keep: int) -> None:
     steps = sorted(int(path.name.rsplit("-", 1)[1]) for path in root.glob("checkpoint-*"))
     for step in steps[:-keep]:
         shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)
-
-
-class _Watch(TrainerCallback):
-    """Log rows, progress, a stop on NaN, and a checkpoint when a signal asks to stop."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.preempted = False
-        self.last_loss = math.nan
-
-    def signals(self) -> "_Signals":
-        return _Signals(self)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self.job.progress is not None:
-            self.job.progress(state.global_step, state.max_steps, f"loss {self.last_loss:.3f}")
-        if self.preempted:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        self.last_loss = logs["loss"]
-        if state.is_world_process_zero:
-            names = ("loss", "ce", "kd", "learning_rate", "grad_norm")
-            row = {name: float(logs[name]) for name in names if name in logs}
-            where = {"stage": self.job.stage, "step": state.global_step, "epoch": state.epoch}
-            self.job.log.append(where | row)
-        if not math.isfinite(self.last_loss):
-            raise ClinkdError(
-                f"stage {self.job.stage}: the loss is {self.last_loss} at step "
-                f"{state.global_step}; lower learning_rate, or set CLINKD_CHECK=1 to find the row"
-            )
-
-
-class _Signals:
-    """While open, SIGTERM and SIGUSR1 ask for a checkpoint and a stop at the next step."""
-
-    def __init__(self, watch: _Watch) -> None:
-        self.watch = watch
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self.previous[number] = signal.signal(number, self._stop)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.watch.preempted = True

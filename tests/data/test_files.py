@@ -5,12 +5,20 @@ import json
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 
 from clinkd.data import files
-from clinkd.data.files import atomic_write, sha256_file, write_json, write_jsonl, write_text
-from clinkd.errors import SetupError
+from clinkd.data.files import (
+    atomic_write,
+    read_jsonl,
+    sha256_file,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from clinkd.errors import DataError, SetupError
 
 
 def leftovers(folder):
@@ -101,3 +109,17 @@ def test_json_and_hash(tmp_path):
     with atomic_write(tmp_path / "b", "wb") as file:
         file.write(b"abc")
     assert sha256_file(tmp_path / "b").startswith("ba7816bf8f01cfea")
+
+
+def test_read_jsonl_gives_back_what_write_jsonl_wrote(tmp_path: Path) -> None:
+    rows = [{"id": "ä"}, [1, 2.5], None]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert list(read_jsonl(tmp_path / "rows.jsonl")) == rows
+
+
+def test_read_jsonl_names_the_line_that_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"a": \n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: not valid JSON"):
+        list(read_jsonl(tmp_path / "rows.jsonl"))
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_jsonl(tmp_path / "missing.jsonl"))

@@ -1,0 +1,31 @@
+"""What one training stage works on and where it writes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clinkd.data.records import Record
+from clinkd.train.log import MetricsLog
+
+Progress = Callable[[int, int, str], None]  # done steps, all steps, what to show beside them
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one training stage works on and where it writes.
+
+    Attributes:
+        stage: name in metrics.jsonl.
+        output: folder of the finished model; checkpoints lie in `checkpoints/` beside its files.
+        log: the run's metrics.jsonl.
+        bfloat16: arithmetic on a GPU in bfloat16 (autocast); weights stay float32.
+    """
+
+    stage: str
+    output: Path
+    log: MetricsLog
+    records: Sequence[Record]
+    data_root: Path
+    seed: int
+    progress: Progress | None = None
+    bfloat16: bool = False

@@ -1,0 +1,170 @@
+"""What the student is told of the teacher at answer tokens: by a model at hand, or from a cache."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clinkd.config import DistillConfig, ModelConfig
+from clinkd.data.collate import IGNORE_INDEX, AnswerDataset, collate
+from clinkd.data.files import sha256_file
+from clinkd.data.images import resolve_image
+from clinkd.data.records import Record
+from clinkd.data.teacher_cache import CacheSpec, TeacherCache, encode_top_k
+
+# A batch's inputs -> the teacher's part of the loss at its answer tokens, in the batch's order:
+# `hidden` [n, C] and `weight` [V, C], or `logits`, `ids` [n, K] and `lse` [n].
+Teacher = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+PREFIX = "teacher_"  # of a cached teacher's tensors in a batch
+
+
+def answer_rows(labels: Tensor) -> Tensor:
+    """Places in `hidden[:, :-1].flatten(0, 1)` whose next token belongs to an answer."""
+    return (labels[:, 1:].flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+
+
+class LiveTeacher:
+    """A frozen model that sees each batch."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        model: Any = self.model.to(inputs["input_ids"].device)
+        kept = {name: value for name, value in inputs.items() if name != "labels"}
+        hidden = model.model(**kept, use_cache=False).last_hidden_state
+        rows = answer_rows(inputs["labels"])
+        return {"hidden": hidden[:, :-1].flatten(0, 1)[rows], "weight": model.lm_head.weight}
+
+
+class CachedTeacher:
+    """A cache's rows, which `CachedRows` put into the batch."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self.head = cache.head() if cache.spec.kind == "hidden" else None
+
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = [name for name in inputs if name.startswith(PREFIX)]
+        found = {name.removeprefix(PREFIX): inputs.pop(name) for name in names}
+        if self.head is not None:
+            self.head = self.head.to(found["hidden"].device)
+            found["weight"] = self.head
+        return found
+
+
+class CachedRows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Records encoded for training, each with its rows of a cache."""
+
+    def __init__(self, dataset: AnswerDataset, cache: TeacherCache) -> None:
+        self.dataset = dataset
+        self.cache = cache
+        self.records = dataset.records
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = self.dataset[index]
+        found = self.cache.read(index, _answers(item))
+        return item | {PREFIX + name.removeprefix(PREFIX): t for name, t in found.items()}
+
+
+def _answers(item: dict[str, Tensor]) -> Tensor:
+    labels = item["labels"][1:]
+    return labels[labels != IGNORE_INDEX]
+
+
+def cache_spec(
+    settings: DistillConfig,
+    model: ModelConfig,
+    records: Sequence[Record],
+    data_root: Path,
+    processor: Any,
+    teacher: Path,
+) -> CacheSpec:
+    """What a cache for these settings holds, and hashes of all that it is made from.
+
+    Args:
+        teacher: folder of the fine-tuned teacher.
+    """
+    tokenizer = processor.tokenizer
+    weights = sorted(teacher.glob("*.safetensors"))
+    config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+    top_k = settings.teacher_cache == "top-k"
+    dtype = model.dtype if torch.cuda.is_available() else "float32"
+    return CacheSpec(
+        kind="top-k" if top_k else "hidden",
+        records=len(records),
+        width=settings.teacher_top_k if top_k else config["text_config"]["hidden_size"],
+        sources={
+            "data": _hash(_content(records, data_root)),
+            "tokenizer": _hash([tokenizer.backend_tokenizer.to_str()]),
+            "template": _hash([processor.chat_template or tokenizer.chat_template or ""]),
+            "image_sizes": f"{model.min_pixels} to {model.max_pixels} pixels",
+            "positions": json.dumps(model.positions.model_dump(mode="json")),
+            "max_length": str(settings.max_length),
+            "teacher": _hash(sha256_file(path) for path in weights),
+        },
+        dtype="float16" if top_k else dtype,
+        temperature=settings.temperature if top_k else 1.0,
+    )
+
+
+def _content(records: Sequence[Record], data_root: Path) -> Iterator[str]:
+    """Text of the records, and the sizes of their images."""
+    for record in records:
+        turns = [(turn.role, turn.value) for turn in record.conversations]
+        sizes = [resolve_image(data_root, name).stat().st_size for name in record.images]
+        yield json.dumps([record.id, turns, record.images, sizes])
+
+
+def _hash(parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def fill_cache(
+    cache: TeacherCache,
+    teacher: PreTrainedModel,
+    dataset: AnswerDataset,
+    batch_size: int,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
+    """Write the shards that are missing; what is whole stays."""
+    live = LiveTeacher(teacher)
+    spec = cache.spec
+    if spec.kind == "hidden" and not cache.has_head():
+        cache.write_head(teacher.lm_head.weight)
+    pad = partial(collate, pad_token_id=dataset.processor.tokenizer.pad_token_id)
+    for shard in cache.missing():
+        places = list(cache.shard_range(shard))
+        rows: list[dict[str, Tensor]] = []
+        labels: list[Tensor] = []
+        for start in range(0, len(places), batch_size):
+            items = [dataset[place] for place in places[start : start + batch_size]]
+            rows.append(_encode(live(_to(pad(items), teacher.device)), spec))
+            labels += [_answers(item) for item in items]
+            if progress is not None:
+                done = places[min(start + batch_size, len(places)) - 1] + 1
+                progress(done, spec.records, "teacher cache")
+        cache.write(shard, {name: torch.cat([r[name] for r in rows]) for name in rows[0]}, labels)
+
+
+def _encode(found: dict[str, Tensor], spec: CacheSpec) -> dict[str, Tensor]:
+    if spec.kind == "hidden":
+        return {"hidden": found["hidden"].to(getattr(torch, spec.dtype)).cpu()}
+    logits = torch.nn.functional.linear(found["hidden"], found["weight"])
+    return encode_top_k(logits, spec.width, spec.temperature)
+
+
+def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
