@@ -18,7 +18,7 @@ BELOW = {
     "train": {"train", "models", "ops", "data", "config", "rotary", "generate"},
     "generate": {"generate", "models", "ops", "data", "rotary"},
     "evaluate": {"evaluate", "data", "generate", "config", "progress"},
-    "report": {"report", "data", "config", "progress", "pipeline"},
+    "report": {"report", "evaluate", "data", "config", "progress", "pipeline"},
     "pipeline": {"pipeline", "train", "models", "generate", "evaluate", "report", "data", "config",
                  "progress", "rotary"},
 }  # fmt: skip

@@ -88,9 +88,9 @@ def _mean_sd(score: Mapping[str, Any] | None) -> str | None:
 
 
 def _scored(result: Mapping[str, Any] | None) -> Cell:
-    if result is None:
+    if result is None or result["score"] is None:
         return None
-    if "ci95" in result:
+    if result.get("ci95"):
         low, high = result["ci95"]
         return f"{result['score']:.2f} [{low:.2f}, {high:.2f}]"
     return float(result["score"])

@@ -1,7 +1,9 @@
 """CLIP models that judge how well a text fits an image."""
 
+import hashlib
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 from clinkd.data.boxes import strip_boxes
 from clinkd.errors import ConfigError
 
+KEPT_IMAGES = 64  # vectors of the last images: questions of one image follow each other
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -26,6 +29,7 @@ class ClipScorer:
 
     def __init__(self, backend: "_OpenClip | _Transformers") -> None:
         self.backend = backend
+        self._images: OrderedDict[bytes, Tensor] = OrderedDict()
 
     @classmethod
     def load(cls, name: str, device: str | torch.device = "cpu") -> "ClipScorer":
@@ -62,13 +66,14 @@ class ClipScorer:
     def score(self, image: Image.Image, texts: Sequence[str]) -> list[float]:
         """Raw cosine of each text with the image; NaN where the model yields it.
 
-        The image is encoded once, all sentences in one batch.
+        The image is encoded once, for all its texts and for the next questions about it; all
+        sentences go through the text tower in one batch.
         """
         parts = [self.parts(text) for text in texts]
         flat = [part for each in parts for part in each]
         if not flat:
             return []
-        image_vector = torch.nn.functional.normalize(self.backend.image(image).float(), dim=-1)
+        image_vector = self._image_vector(image)
         text_vectors = torch.nn.functional.normalize(self.backend.texts(flat).float(), dim=-1)
         cosines = (text_vectors @ image_vector).tolist()
         out, start = [], 0
@@ -77,6 +82,19 @@ class ClipScorer:
             out.append(mean if math.isfinite(mean) else math.nan)
             start += len(each)
         return out
+
+    def _image_vector(self, image: Image.Image) -> Tensor:
+        """Of unit length; from memory where the same pixels came lately."""
+        digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
+        digest.update(image.tobytes())
+        key = digest.digest()
+        if key not in self._images:
+            vector = self.backend.image(image).float()
+            self._images[key] = torch.nn.functional.normalize(vector, dim=-1)
+            if len(self._images) > KEPT_IMAGES:
+                self._images.popitem(last=False)
+        self._images.move_to_end(key)
+        return self._images[key]
 
     def parts(self, text: str) -> list[str]:
         """What is scored of a text: all but boxes, sentence by sentence if it is too long."""

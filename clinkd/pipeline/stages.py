@@ -100,9 +100,9 @@ def pseudo_label(folder: RunFolder, progress: Update) -> str:
     """Let the teacher answer the training split, with its confidence in each answer."""
     records = read_records(folder.data("train"))
     model, processor = load_model(folder.config, str(folder.teacher))
-    rows = answer(
-        folder, model, processor, records, folder.path / "pseudo" / "answers.jsonl", progress
-    )
+    answers = folder.path / "pseudo" / "answers.jsonl"
+    answer(folder, model, processor, records, answers, progress)
+    rows = list(read_jsonl(answers))
     for row in rows:
         row["confidence"] = _confidence(row)
     write_jsonl(folder.path / "pseudo" / "labels.jsonl", rows)
@@ -188,10 +188,11 @@ def _round(
     model, processor = load_model(folder.config, start, training=True)
     if not (place / "data.jsonl").exists():
         asked = limit_records(records, config.records_limit, folder.config.seed + round_)
-        rows = answer(folder, model, processor, asked, place / "answers.jsonl", progress)
+        answers = place / "answers.jsonl"
+        answer(folder, model, processor, asked, answers, progress)
         corrections = correct_records(
             asked,
-            {row["id"]: row["response"] for row in rows},
+            {row["id"]: row["response"] for row in read_jsonl(answers)},
             corrector=corrector,
             similarity=similarity,
             threshold=config.threshold,
@@ -234,7 +235,7 @@ def generate_answers(folder: RunFolder, progress: Update) -> str:
     scorer = None
     if config.selection in ("clip", "mixed", "oracle"):
         name = f"local-dir:{folder.scorer}" if config.scorer == DEMO else config.scorer
-        scorer = generate.ClipScorer.load(name)
+        scorer = generate.ClipScorer.load(name, model.device)
     answer(
         folder,
         model,

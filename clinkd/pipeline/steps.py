@@ -10,7 +10,6 @@ from transformers import AutoProcessor, PreTrainedModel
 from clinkd import generate, models
 from clinkd.config import DEMO, RunConfig, TrainConfig
 from clinkd.data.collate import AnswerDataset
-from clinkd.data.files import read_jsonl
 from clinkd.data.records import Record
 from clinkd.data.teacher_cache import TeacherCache
 from clinkd.generate.select import Selection
@@ -92,8 +91,8 @@ def answer(
     samples: int = 1,
     scorer: Any = None,
     selection: Selection = "beam",
-) -> list[dict[str, Any]]:
-    """Answers of a model to records, as prediction rows in the records' order."""
+) -> None:
+    """Write a model's answers to records, as prediction rows in the records' order."""
     config = folder.config.generate
     generate.answer_records(
         model.eval(),
@@ -111,7 +110,6 @@ def answer(
         mix=config.mix,
         progress=progress,
     )
-    return list(read_jsonl(output))
 
 
 def teacher_for(

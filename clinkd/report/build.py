@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from clinkd.data.files import write_text
 from clinkd.report import corrections, gallery, scores, selection
+from clinkd.report.paper import paper_tables
 from clinkd.report.read import Run, read_run
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -82,6 +83,7 @@ def render(run: Run, data_root: Path | None) -> str:
             tiles=scores.task_tiles(found) if found else [],
             panels=scores.modality_panels(found) if found else [],
             extras=scores.extras_table(found) if found else [],
+            paper=paper_tables(run.folder, found),
             selection=selection.selection(run.predictions, run.metrics),
             losses=scores.loss_panels(run),
             cards=cards,

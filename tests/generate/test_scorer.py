@@ -20,6 +20,10 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
 )
 
 from clinkd.data.records import Record, Turn
@@ -133,7 +137,53 @@ def transformers_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["open_clip_folder", "biomedclip_folder", "transformers_folder"])
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory):
+    """SigLIP as transformers has it: no projection, a head that pools by attention."""
+    folder = tmp_path_factory.mktemp("siglip")
+    shared = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shared |= {"num_attention_heads": 2}
+    text = shared | {"vocab_size": len(WORDS), "max_position_embeddings": 12}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = shared | {"image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    SiglipProcessor(
+        image_processor=SiglipImageProcessor(size={"height": 32, "width": 32}),
+        tokenizer=word_tokenizer(12),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def open_siglip_folder(tmp_path_factory):
+    """SigLIP as open_clip has it: a timm tower, texts pooled at the last token, a logit bias."""
+    folder = tmp_path_factory.mktemp("open_siglip")
+    vision = {"image_size": 224, "timm_model_name": "vit_tiny_patch16_224",
+              "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}  # fmt: skip
+    text = {"context_length": 16, "vocab_size": 49408, "width": 192, "heads": 2, "layers": 1,
+            "no_causal_mask": True, "proj_bias": True, "pool_type": "last"}  # fmt: skip
+    config = {"embed_dim": 192, "init_logit_bias": -10, "custom_text": True,
+              "vision_cfg": vision, "text_cfg": text}  # fmt: skip
+    torch.manual_seed(0)
+    arguments = {k: v for k, v in config.items() if k != "custom_text"}
+    model = open_clip.CustomTextCLIP(**json.loads(json.dumps(arguments)))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS})
+    )
+    return folder
+
+
+@pytest.fixture(
+    params=[
+        "open_clip_folder",
+        "biomedclip_folder",
+        "transformers_folder",
+        "siglip_folder",
+        "open_siglip_folder",
+    ]
+)
 def scorer(request):
     return ClipScorer.load(str(request.getfixturevalue(request.param)))
 
@@ -178,6 +228,22 @@ def test_long_texts_are_scored_by_sentence(scorer, red):
     assert len(scorer.parts(text)) == 3
     a, b, whole = scorer.score(red, [first, second, text])
     assert whole == pytest.approx((a + 2 * b) / 3, abs=1e-5)
+
+
+def test_an_image_is_encoded_once(scorer, red, monkeypatch):
+    encoded = []
+    image = scorer.backend.image
+    monkeypatch.setattr(scorer.backend, "image", lambda x: encoded.append(1) or image(x))
+    blue = Image.new("RGB", (40, 50), "blue")
+    first = scorer.score(red, ["a red square", "the image"])
+    other = scorer.score(blue, ["a red square"])
+    assert scorer.score(red.copy(), ["a red square"])[0] == pytest.approx(first[0], abs=1e-6)
+    assert other[0] != first[0]
+    assert len(encoded) == 2
+    for shade in range(70):
+        scorer.score(Image.new("RGB", (8, 8), (shade, 0, 0)), ["a"])
+    assert len(encoded) == 72
+    assert len(scorer._images) <= 64  # whatever the number of questions
 
 
 def test_nan_is_passed_on(open_clip_folder, red):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from typer.testing import CliRunner
 
 from clinkd.commands.ask import ask, draw_boxes
 from clinkd.config import DemoModelConfig
+from clinkd.data.images import load_image
 from clinkd.data.prompt import encode_prompt
 from clinkd.data.records import Record, Turn, write_records
 from clinkd.errors import ConfigError, DataError
-from clinkd.generate import BeamSearcher, answer_records
+from clinkd.generate import BeamSearcher, answer_records, stream
 from clinkd.generate.journal import Journal
 from clinkd.models.demo import build_model, build_processor
 from clinkd.train.trainer import save_model
@@ -134,6 +136,27 @@ def test_answers_are_the_searchers(demo, processor, data):
         request = {"id": "x", "image": image.convert("RGB"), "question": records[1].question}
         (alone,) = BeamSearcher(demo, processor, 2, 2, 5).generate([request])
     assert rows_of(root / "out.jsonl")[1]["response"] == alone.candidates[0].text
+
+
+def test_no_more_than_a_block_is_held(demo, processor, tmp_path, monkeypatch):
+    """Images and results of the questions answered before are gone, however many there are."""
+    alive: list[weakref.ref] = []
+    most = [0]
+
+    def load(root, name):
+        picture = load_image(root, name)
+        alive[:] = [each for each in alive if each() is not None] + [weakref.ref(picture)]
+        most[0] = max(most[0], len(alive))
+        return picture
+
+    monkeypatch.setattr(stream, "load_image", load)
+    for count in (12, 36):
+        most[0] = 0
+        records = make_records(tmp_path, count)
+        answer_records(demo, processor, records, tmp_path, tmp_path / f"{count}.jsonl",
+                       beams=1, samples=1, max_new_tokens=1, batch_size=1)  # fmt: skip
+        assert 4 <= most[0] <= 8  # the block at work, and at most the one before it
+    assert len((tmp_path / "36.jsonl").read_text().splitlines()) == 36
 
 
 def test_a_broken_image_fails_alone(demo, processor, data):

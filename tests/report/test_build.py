@@ -17,6 +17,7 @@ from clinkd.report import build_report
 
 HOSTILE = "\"'><script>window.hit=1</script><b onload=x>&amp;"
 MOST_BYTES = 6 << 20
+RESULTS = Path(__file__).parent.parent.parent / "docs" / "results"
 
 
 class Elements(HTMLParser):
@@ -63,6 +64,29 @@ def test_numbers_are_those_of_the_metrics(run: Path) -> None:
     assert "seed 7" in text
     assert "distill 3 min 10 s peak 1 470 MiB" in text
     assert "One rule differs from another." in text
+
+
+def test_the_papers_figures_stand_beside_the_runs(run: Path) -> None:
+    words = words_of(page_of(run))
+    assert "Models by task, beside the paper" in words
+    assert "ClinKD (paper, as printed) 67.51 82.35 70.56 65.69 71.53" in words
+    assert "ClinKD (paper, recomputed) 67.65 82.35 70.56 65.30 71.46" in words
+    assert "Ablation" not in words
+
+
+def test_a_cell_of_an_ablation_shows_the_grid(run: Path, tmp_path: Path) -> None:
+    cell = tmp_path / "grid" / "seed-0" / "all"
+    shutil.copytree(run, cell)
+    grid = tmp_path / "grid" / "ablation.json"
+    shutil.copy(RESULTS / "ablation-demo.json", grid)
+    words = words_of(page_of(cell))
+    assert "Ablation: mean ± sd over 3 seeds, beside the paper" in words
+    assert "BiRD (paper)" in words
+    base = json.loads(grid.read_text())["cells"]["base"]["scores"]["Average"]
+    assert f"{base['mean']:.2f} ± {base['sd']:.2f}" in words
+    for damaged in ("[]", '{"cells": {}}', '{"cells": {"base": 3}}', "{"):
+        grid.write_text(damaged)
+        assert "Ablation" not in words_of(page_of(cell))
 
 
 def test_selection_is_told_in_the_metrics_own_figures(run: Path) -> None:
