@@ -89,6 +89,7 @@ def _ops() -> Iterator[str]:
     yield f"{'op on ' + device.type:26} {'takes':12} because"
     for name in (
         "rotary",
+        "rotary_append",
         "rotary_attention",
         "prefix_decode_attention",
         "topk_kd_loss",

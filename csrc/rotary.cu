@@ -8,24 +8,15 @@ namespace {
 
 template <typename T, int V>
 int run(const RotaryArgs& a, void* stream) {
-  const int64_t chunks = (a.head_dim + 2 * V - 1) / (2 * V);
-  const int64_t threads = a.batch * a.tokens * chunks;
-  if (threads >= INT32_MAX) return static_cast<int>(cudaErrorInvalidValue);
-  const dim3 grid(static_cast<unsigned>((threads + kRotaryThreads - 1) / kRotaryThreads),
-                  static_cast<unsigned>((a.heads + kHeadsPerThread - 1) / kHeadsPerThread));
+  dim3 grid;
+  if (!rotary_grid<V>(a, grid)) return static_cast<int>(cudaErrorInvalidValue);
   const auto kernel = a.pair_stride == 1 ? rotary_kernel<T, V, true> : rotary_kernel<T, V, false>;
   return launch(kernel, grid, kRotaryThreads, stream, a);
 }
 
-// 16 bytes at a time where every head and every pair's two halves lie on 16 bytes.
 template <typename T>
 int with_width(const RotaryArgs& a, void* stream) {
-  constexpr int V = 16 / sizeof(T);
-  uintptr_t places = reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.out);
-  for (int i = 0; i < 3; ++i)
-    places |= static_cast<uintptr_t>((a.x_stride[i] | a.out_stride[i]) * sizeof(T));
-  const bool whole = a.pairs % V == 0 && (a.pair_stride == 1 || a.pair_stride % V == 0);
-  return whole && places % 16 == 0 ? run<T, V>(a, stream) : run<T, 1>(a, stream);
+  return rotary_whole_packs<T>(a) ? run<T, 16 / sizeof(T)>(a, stream) : run<T, 1>(a, stream);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 #include <array>
 
-#include "rotary.h"
+#include "rotary_append.h"
 
 namespace clinkd {
 namespace {
@@ -39,6 +39,22 @@ RotaryArgs arguments(uintptr_t x, uintptr_t out, uintptr_t positions, uintptr_t 
   return a;
 }
 
+// places: values, their cache, starts; strides: of both
+RotaryAppendArgs appending(const RotaryArgs& keys, const std::array<uintptr_t, 3>& places,
+                           const std::array<Strides, 2>& strides, int64_t slots) {
+  RotaryAppendArgs a;
+  a.keys = keys;
+  a.values = reinterpret_cast<const void*>(places[0]);
+  a.value_cache = reinterpret_cast<void*>(places[1]);
+  a.starts = reinterpret_cast<const int64_t*>(places[2]);
+  a.slots = slots;
+  for (int i = 0; i < 3; ++i) {
+    a.value_stride[i] = strides[0][i];
+    a.value_cache_stride[i] = strides[1][i];
+  }
+  return a;
+}
+
 }  // namespace
 
 void bind_rotary(pybind11::module_& m) {
@@ -53,6 +69,18 @@ void bind_rotary(pybind11::module_& m) {
           pybind11::gil_scoped_release release;
           rotary_cpu(a, threads);
         });
+  m.def("rotary_append_cpu",
+        [](uintptr_t keys, uintptr_t cache, uintptr_t positions, uintptr_t axis, uintptr_t hi,
+           uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& stride,
+           const Strides& cache_stride, const Strides& positions_stride, int pairs,
+           int pair_stride, const std::array<uintptr_t, 3>& places,
+           const std::array<Strides, 2>& strides, int64_t slots, int type, int threads) {
+          const RotaryArgs a =
+              arguments(keys, cache, positions, axis, hi, lo, shape, stride, cache_stride,
+                        positions_stride, pairs, pair_stride, false, type);
+          pybind11::gil_scoped_release release;
+          rotary_append_cpu(appending(a, places, strides, slots), threads);
+        });
 #ifdef CLINKD_WITH_CUDA
   m.def("rotary_cuda",
         [](uintptr_t x, uintptr_t out, uintptr_t positions, uintptr_t axis, uintptr_t hi,
@@ -63,6 +91,18 @@ void bind_rotary(pybind11::module_& m) {
                                        out_stride, positions_stride, pairs, pair_stride, inverse,
                                        type),
                              reinterpret_cast<void*>(stream));
+        });
+  m.def("rotary_append_cuda",
+        [](uintptr_t keys, uintptr_t cache, uintptr_t positions, uintptr_t axis, uintptr_t hi,
+           uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& stride,
+           const Strides& cache_stride, const Strides& positions_stride, int pairs,
+           int pair_stride, const std::array<uintptr_t, 3>& places,
+           const std::array<Strides, 2>& strides, int64_t slots, int type, uintptr_t stream) {
+          const RotaryArgs a =
+              arguments(keys, cache, positions, axis, hi, lo, shape, stride, cache_stride,
+                        positions_stride, pairs, pair_stride, false, type);
+          return rotary_append_cuda(appending(a, places, strides, slots),
+                                    reinterpret_cast<void*>(stream));
         });
 #endif
 }

@@ -4,6 +4,7 @@ from clinkd.ops.kd_loss import KDLoss, kd_loss
 from clinkd.ops.linear_kd_loss import linear_kd_loss
 from clinkd.ops.linear_topk_kd_loss import linear_topk_kd_loss
 from clinkd.ops.rotary import rotary
+from clinkd.ops.rotary_append import rotary_append
 from clinkd.ops.rotary_attention import rotary_attention
 from clinkd.ops.topk_kd_loss import topk_kd_loss
 
@@ -13,6 +14,7 @@ __all__ = [
     "linear_kd_loss",
     "linear_topk_kd_loss",
     "rotary",
+    "rotary_append",
     "rotary_attention",
     "topk_kd_loss",
 ]

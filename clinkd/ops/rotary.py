@@ -117,28 +117,20 @@ def spec_tensors(spec: int, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return axis.to(device), hi.to(device), lo.to(device)
 
 
+def native_arguments(x: Tensor, out: Tensor, positions: Tensor, spec: int) -> tuple[Any, ...]:
+    """What the C++ and CUDA kernels take first: places, sizes, strides [B, S, H, D] and pairs."""
+    known = RotarySpec.known[spec]
+    axis, hi, lo = spec_tensors(spec, x.device)
+    places = (t.data_ptr() for t in (x, out, positions, axis, hi, lo))
+    strides = (x.stride()[:3], out.stride()[:3], positions.stride())
+    return (*places, x.shape, *strides, known.pairs, known.pair_stride)
+
+
 def _launch(x: Tensor, out: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> None:
     """Run the C++ or CUDA kernel from x to out, whose components lie side by side."""
-    known = RotarySpec.known[spec]
     if x.dim() == 3:  # packed: one row
         x, out, positions = x[None], out[None], positions[:, None]
-    axis, hi, lo = spec_tensors(spec, x.device)
-    arguments = (
-        x.data_ptr(),
-        out.data_ptr(),
-        positions.data_ptr(),
-        axis.data_ptr(),
-        hi.data_ptr(),
-        lo.data_ptr(),
-        x.shape,
-        x.stride()[:3],
-        out.stride()[:3],
-        positions.stride(),
-        known.pairs,
-        known.pair_stride,
-        inverse,
-    )
-    run_native("rotary", impl, x, *arguments)
+    run_native("rotary", impl, x, *native_arguments(x, out, positions, spec), inverse)
 
 
 def _rotary(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> Tensor:

@@ -137,7 +137,7 @@ def _entries(text: str) -> str:
 
 
 def _struct(name: str, texts: dict[str, str]) -> type[ctypes.Structure]:
-    """A struct of plain fields, as a header declares it."""
+    """A struct of plain fields and such structs, as a header declares it."""
     bodies = [re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL) for text in texts.values()]
     (body,) = [found[1] for found in bodies if found]
     fields = []
@@ -145,7 +145,10 @@ def _struct(name: str, texts: dict[str, str]) -> type[ctypes.Structure]:
         if not declaration.strip():
             continue
         kind, names = re.fullmatch(r"\s*((?:const )?\w+\*?)\s+(.*)", declaration).groups()
-        base = ctypes.c_void_p if kind.endswith("*") else SCALARS[kind]
+        if kind.endswith("*"):
+            base = ctypes.c_void_p
+        else:
+            base = SCALARS[kind] if kind in SCALARS else _struct(kind, texts)
         for field in names.split(","):
             word, size = re.fullmatch(r"\s*(\w+)(?:\[(\d+)\])?\s*", field).groups()
             fields.append((word, base * int(size) if size else base))

@@ -4,7 +4,7 @@
     machine.run("rotary_cuda", {"x": x, "out": out, "batch": 2, ...}, Schedule("reverse"))
 
 Every `int NAME(const ARGS& args, void* stream)` of the sources can be called, with a value for
-every field of ARGS: a tensor (or None) for a pointer, a list for an array.
+every field of ARGS: a tensor (or None) for a pointer, a list for an array, a dict for a struct.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,17 +117,7 @@ class SimtMachine:
         }
 
     def _struct(self, function: str, fields: dict[str, Any]) -> ctypes.Structure:
-        kind = self.built.structs[self.built.functions[function]]
-        types = dict(kind._fields_)
-        assert set(types) == set(fields), f"fields must be {', '.join(types)}"
-        struct = kind()
-        for name, value in fields.items():
-            if isinstance(value, torch.Tensor):
-                value = value.data_ptr()
-            elif isinstance(value, (tuple, list)):
-                value = types[name](*value)
-            setattr(struct, name, value)
-        return struct
+        return _filled(self.built.structs[self.built.functions[function]], fields)
 
     def _packed(
         self, function: str, fields: dict[str, Any], storages: dict[int, torch.UntypedStorage]
@@ -138,14 +129,40 @@ class SimtMachine:
         """
         struct = self._struct(function, fields)
         places = []
-        for name, value in fields.items():
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                storages.setdefault(storage.data_ptr(), storage)
-                buffer = list(storages).index(storage.data_ptr())
-                start = value.storage_offset() * value.element_size()
-                places.append((getattr(type(struct), name).offset, buffer, start))
+        for offset, tensor in _tensors(type(struct), fields):
+            storage = tensor.untyped_storage()
+            storages.setdefault(storage.data_ptr(), storage)
+            buffer = list(storages).index(storage.data_ptr())
+            places.append((offset, buffer, tensor.storage_offset() * tensor.element_size()))
         return bytes(struct), places
+
+
+def _filled(kind: type[ctypes.Structure], fields: dict[str, Any]) -> ctypes.Structure:
+    types = dict(kind._fields_)
+    assert set(types) == set(fields), f"fields must be {', '.join(types)}"
+    struct = kind()
+    for name, value in fields.items():
+        if isinstance(value, torch.Tensor):
+            value = value.data_ptr()
+        elif isinstance(value, dict):
+            value = _filled(types[name], value)
+        elif isinstance(value, (tuple, list)):
+            value = types[name](*value)
+        setattr(struct, name, value)
+    return struct
+
+
+def _tensors(
+    kind: type[ctypes.Structure], fields: dict[str, Any], start: int = 0
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Tensors among the fields, and the offsets of their pointers."""
+    types = dict(kind._fields_)
+    for name, value in fields.items():
+        offset = start + getattr(kind, name).offset
+        if isinstance(value, torch.Tensor):
+            yield offset, value
+        elif isinstance(value, dict):
+            yield from _tensors(types[name], value, offset)
 
 
 def poisoned(like: torch.Tensor) -> torch.Tensor:

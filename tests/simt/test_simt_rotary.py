@@ -149,27 +149,22 @@ def test_the_sanitizers_find_nothing(simt):
     run_sanitized(simt("rotary.cu", sanitize=True))
 
 
+KERNEL = "rotary_kernel.cuh"
 FAULTS = {
     "one pair too many": (
-        Change("rotary_kernel.cuh", "if (pair >= a.pairs) {", "if (pair > a.pairs) {"),
+        Change(KERNEL, "if (pair >= a.pairs) {", "if (pair > a.pairs) {"),
         "heap-buffer-overflow",
     ),
     "tokens past the end": (
-        Change(
-            "rotary_kernel.cuh", "if (token >= static_cast", "if (false && token >= static_cast"
-        ),
+        Change(KERNEL, "none = place >= static_cast<uint32_t>(a.batch) * tokens", "none = false"),
         "heap-buffer-overflow",
     ),
     "heads past the end": (
-        Change(
-            "rotary_kernel.cuh",
-            "head_begin + kHeadsPerThread < a.heads ? head_begin + kHeadsPerThread : a.heads",
-            "head_begin + kHeadsPerThread",
-        ),
+        Change(KERNEL, "begin + kHeadsPerThread < a.heads ? begin", "true ? begin"),
         "heap-buffer-overflow",
     ),
     "16 bytes where they are not aligned": (
-        Change("rotary.cu", "whole && places % 16 == 0", "whole"),
+        Change(KERNEL, "return pairs && places % 16 == 0", "return pairs"),
         "misaligned",
     ),
 }
@@ -184,10 +179,10 @@ def test_the_sanitizers_find_a_planted_fault(simt, name):
 
 
 WRONG = [
-    Change("rotary_kernel.cuh", "second = NEIGHBOURS ? first + V", "second = NEIGHBOURS ? first"),
-    Change("rotary_kernel.cuh", "pair / n * 2 * n + pair % n", "pair / n * n + pair % n"),
-    Change("rotary_kernel.cuh", "a.axis[pair + j] *", "a.axis[pair] *"),
-    Change("rotary_kernel.cuh", "const T* head = x + h * a.x_stride[2]", "const T* head = x"),
+    Change(KERNEL, "second = NEIGHBOURS ? first + V", "second = NEIGHBOURS ? first"),
+    Change(KERNEL, "pair / n * 2 * n + pair % n", "pair / n * n + pair % n"),
+    Change(KERNEL, "a.axis[pair + j] *", "a.axis[pair] *"),
+    Change(KERNEL, "const T* head = x + h * a.x_stride[2]", "const T* head = x"),
 ]  # fmt: skip
 
 
