@@ -1,8 +1,10 @@
 """Fixtures of the tests that run CUDA kernels on the CPU; the machine itself is simt_harness.py."""
 
 import os
+import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from simt_build import compiler
 from simt_harness import SimtMachine
 
+KEPT_DAYS = 7
+
 
 @pytest.fixture(scope="session")
 def simt():
@@ -20,6 +24,9 @@ def simt():
         pytest.skip("no g++ here")
     cache = Path(tempfile.gettempdir()) / f"clinkd-simt-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
+    for old in cache.iterdir():
+        if old.stat().st_mtime < time.time() - KEPT_DAYS * 86_400:
+            shutil.rmtree(old, ignore_errors=True)
 
     def make(*sources, **options):
         return SimtMachine(sources, cache, **options)

@@ -1,10 +1,12 @@
 """Compiles the CUDA sources of csrc/ as plain C++ into a shared library, cached by content."""
 
+import contextlib
 import ctypes
 import hashlib
-import os
 import re
 import subprocess
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -56,19 +58,18 @@ def build(
         texts[change.file] = texts[change.file].replace(change.old, change.new)
     functions = {name: args for source in sources for name, args in ENTRY.findall(texts[source])}
     structs = {args: _struct(args, texts) for args in functions.values()}
-    own = {path.name: path.read_text(encoding="utf-8") for path in _own_files()}
-    every = [*FLAGS, *flags, *(SANITIZERS if sanitize else ())]
-    place = cache / _hash([*every, *map(str, texts.items()), *map(str, own.items()), *sources])
-    library = place / "kernels.so"
-    if not library.exists():
-        place.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (place / name).write_text(_translated(text, _entries(text)), encoding="utf-8")
+    every = ["g++", *FLAGS, f"-I{HERE / 'include'}", *(SANITIZERS if sanitize else ())]
+    own = "".join(path.read_text(encoding="utf-8") for path in _own_files())
+    compiled = [*every, *flags, "-c", str(HERE / "runtime.cpp")]
+    runtime = _made(cache, [own, *compiled], "runtime.o", {}, lambda _: compiled)
+    kernels = [*every, *flags, "-shared"]
+
+    def link(place: Path) -> list[str]:
         units = [str(place / source) for source in sources]
-        half = place / f"{os.getpid()}.so"
-        command = ["g++", *every, f"-I{HERE / 'include'}", "-shared", "-x", "c++", *units]
-        _run([*command, str(HERE / "runtime.cpp"), "-o", str(half)])
-        half.rename(library)  # whole or absent
+        return [*kernels, "-x", "c++", *units, "-x", "none", str(runtime)]
+
+    written = {name: _translated(text, _entries(text)) for name, text in texts.items()}
+    library = _made(cache, [own, *kernels, *sources], "kernels.so", written, link)
     return Build(library, functions, structs, tuple(_barriers(texts)))
 
 
@@ -100,8 +101,24 @@ def _own_files() -> list[Path]:
     return [HERE / "runtime.cpp", HERE / "fiber.h", *sorted((HERE / "include").iterdir())]
 
 
-def _hash(parts: list[str]) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+def _made(
+    cache: Path,
+    parts: list[str],
+    name: str,
+    texts: dict[str, str],
+    command: Callable[[Path], list[str]],
+) -> Path:
+    """A file that a command makes in a folder with these texts; kept by all that goes into it."""
+    content = "\0".join([*parts, *(part for text in texts.items() for part in text)])
+    place = cache / hashlib.sha256(content.encode()).hexdigest()[:24]
+    if not place.exists():
+        half = Path(tempfile.mkdtemp(dir=cache))
+        for file, text in texts.items():
+            (half / file).write_text(text, encoding="utf-8")
+        _run([*command(half), "-o", str(half / name)])
+        with contextlib.suppress(OSError):  # another process was first
+            half.rename(place)  # whole or absent
+    return place / name
 
 
 def _run(command: list[str]) -> str:

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from simt_build import Change
 from simt_harness import SCHEDULES, Fault, Schedule
 
 from clinkd.ops import _topk_kd_native as native
@@ -121,3 +122,52 @@ def test_every_barrier_is_needed(run, machine):
             except (AssertionError, Fault):
                 caught += 1
         assert caught, f"{barrier} can go"
+
+
+def launches(columns, k, dtype):
+    """Both launches over three rows, and what they write."""
+    z, _, ids, _, labels = make(3, columns, columns, k, 1.0, dtype)
+    ids = ids.sort(dim=1).values.to(torch.int32)
+    ids[:, -1] = columns  # a token that the student does not have
+    g = torch.Generator().manual_seed(k)
+    top, rows = torch.randn(3, k, generator=g), torch.randn(3, 3, generator=g)
+    statistics = torch.full((3, native.STATISTICS), torch.nan)
+    grad = torch.full_like(z, torch.nan)
+    tensors = (z, ids, labels, statistics, top, *rows, grad)
+    fields = dict(zip(PLACES, tensors, strict=True))
+    fields |= dict(zip(SIZES, (3, columns, k, z.stride(0), z.stride(0)), strict=True))
+    fields |= {"ignore_index": -100, "temperature": 0.7, "softcap": 0.0, "type": TYPES[dtype]}
+    jobs = [(f"topk_{part}_cuda", fields, SCHEDULES[0]) for part in ("tails", "gradient")]
+    return jobs, (statistics, grad)
+
+
+def run_sanitized(simt, machine, *changes):
+    """In a sanitized process as here, to the bit."""
+    sanitized = simt("topk_kd.cu", changes=changes, sanitize=True, flags=("-O0",))
+    for shape in ((70, 9, torch.float32), (64, 64, torch.bfloat16), (33, 5, torch.float16)):
+        jobs, found = launches(*shape)
+        sanitized.run_apart(jobs)
+        jobs, wanted = launches(*shape)
+        for job in jobs:
+            machine.run(*job)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert all(a.isfinite().any() for a in found)
+
+
+@pytest.mark.slow
+def test_the_sanitizers_find_nothing(simt, machine):
+    run_sanitized(simt, machine)
+
+
+KERNEL = "topk_kd_kernel.cuh"
+FAULTS = [
+    Change(KERNEL, "if (id >= a.columns) continue;", ""),
+    Change(KERNEL, "if (id < a.columns) atomicOr", "atomicOr"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", FAULTS, ids=["logit", "map"])
+def test_the_sanitizers_find_a_planted_fault(simt, machine, change):
+    with pytest.raises(Fault, match="heap-buffer-overflow"):
+        run_sanitized(simt, machine, change)
