@@ -111,13 +111,13 @@ def test_json_and_hash(tmp_path):
     assert sha256_file(tmp_path / "b").startswith("ba7816bf8f01cfea")
 
 
-def test_read_jsonl_gives_back_what_write_jsonl_wrote(tmp_path: Path) -> None:
+def test_read_jsonl_gives_back_what_write_jsonl_wrote(tmp_path):
     rows = [{"id": "ä"}, [1, 2.5], None]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert list(read_jsonl(tmp_path / "rows.jsonl")) == rows
 
 
-def test_read_jsonl_names_the_line_that_is_not_json(tmp_path: Path) -> None:
+def test_read_jsonl_names_the_line_that_is_not_json(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"a": \n')
     with pytest.raises(DataError, match=r"rows\.jsonl:3: not valid JSON"):
         list(read_jsonl(tmp_path / "rows.jsonl"))
