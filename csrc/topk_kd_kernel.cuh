@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(kTopKThreads) topk_gradient_kernel(const TopKA
   }
   for (int64_t i = packs * V + threadIdx.x; i < a.columns; i += kTopKThreads)
     if (!is_mapped(map, i)) from_float(out[i], gradient(to_float(student[i]), i));
-  // no other thread reads or writes these columns
+  // other threads have read these columns among the neighbours that they load at once
+  __syncthreads();
   for (int64_t i = threadIdx.x; i < a.k; i += kTopKThreads) {
     const int32_t id = a.ids[row * a.k + i];
     if (id >= a.columns) continue;

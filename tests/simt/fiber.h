@@ -102,6 +102,11 @@ class Fiber {
 #endif
   }
 
+  bool holds(const void* address) const {
+    const char* p = static_cast<const char*>(address);
+    return p >= memory_ && p < memory_ + page() + kStackBytes;
+  }
+
   // First thing on a new stack: `before` is whom the switch came from.
   static void arrived(Fiber& before) {
 #ifdef __SANITIZE_ADDRESS__

@@ -32,6 +32,7 @@ struct Thread {
   Fiber fiber;
   const char* waits_at = nullptr;
   bool at_barrier = false;
+  unsigned warp_syncs = 0;
 };
 
 struct Machine {
@@ -47,7 +48,8 @@ struct Machine {
   std::vector<std::pair<const char*, void*>> shared;  // by place in the source
   void* dynamic = nullptr;
   Fiber* previous = nullptr;
-  unsigned count = 0, current = 0, waiting = 0, ended = 0;
+  unsigned count = 0, current = 0, waiting = 0, ended = 0, barriers = 0;
+  bool running = false, atomic = false;
 };
 Machine machine;
 
@@ -142,6 +144,7 @@ void check_barrier() {
     machine.ready[i] = true;
   }
   machine.waiting = 0;
+  ++machine.barriers;
 }
 
 void run_thread() {
@@ -158,6 +161,12 @@ void run_thread() {
   abort();  // an ended thread is never chosen
 }
 
+void* fresh_memory(size_t bytes) {
+  void* place = std::memset(std::malloc(bytes), 0xff, bytes);
+  forget_accesses(place, bytes);
+  return place;
+}
+
 void forget_block() {
   for (auto& entry : machine.shared) std::free(entry.second);
   machine.shared.clear();
@@ -172,14 +181,17 @@ bool run_block(size_t dynamic_bytes) {
     machine.threads[i]->fiber.start(run_thread);
     machine.threads[i]->waits_at = nullptr;
     machine.threads[i]->at_barrier = false;
+    machine.threads[i]->warp_syncs = 0;
   }
   machine.ready.assign(count, true);
   machine.meetings.assign((count + 31) / 32, {});
-  machine.waiting = machine.ended = 0;
-  if (dynamic_bytes) machine.dynamic = std::memset(std::malloc(dynamic_bytes), 0xff, dynamic_bytes);
+  machine.waiting = machine.ended = machine.barriers = 0;
+  if (dynamic_bytes) machine.dynamic = fresh_memory(dynamic_bytes);
   machine.current = machine.order == kReverse ? 0 : count - 1;  // the one before the first
   place_thread(choose());
+  machine.running = true;
   switch_from(machine.main, fiber_of_current());
+  machine.running = machine.atomic = false;
   forget_block();
   return machine.error.empty();
 }
@@ -254,16 +266,33 @@ unsigned ballot(const char* site, unsigned mask, bool vote) {
   return all;
 }
 
+void sync_warp(const char* site, unsigned mask) {
+  meet(site, mask, 0);
+  ++machine.threads[machine.current]->warp_syncs;
+}
+
+Atomic::Atomic() { machine.atomic = true; }
+Atomic::~Atomic() { machine.atomic = false; }
+
+bool where(const void* address, Place& place) {
+  if (!machine.running || fiber_of_current().holds(address)) return false;
+  const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  place = {machine.current, block, machine.barriers, machine.threads[machine.current]->warp_syncs,
+           machine.atomic};
+  return true;
+}
+
 void* shared_place(const char* site, size_t bytes) {
   for (auto& [known, place] : machine.shared)
     if (std::strcmp(known, site) == 0) return place;
-  machine.shared.emplace_back(site, std::memset(std::malloc(bytes), 0xff, bytes));
+  machine.shared.emplace_back(site, fresh_memory(bytes));
   return machine.shared.back().second;
 }
 
 void* dynamic_place() { return machine.dynamic; }
 
 bool run_grid(Dimensions grid, Dimensions block, size_t dynamic_bytes, std::function<void()> body) {
+  forget_accesses();
   gridDim = grid;
   blockDim = block;
   machine.count = block.x * block.y * block.z;

@@ -15,6 +15,9 @@ HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-g1"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SANITIZERS += ["-fno-omit-frame-pointer"]
+# calls at every access to memory, which races.cpp answers, without that sanitizer's own library
+RACES = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-nodefaultlibs"]
+RACES += ["-Wl,--no-undefined", "-lstdc++", "-lm", "-lc", "-lgcc_s"]
 SCALARS = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "int": ctypes.c_int}
 ENTRY = re.compile(r"^int (\w+_cuda)\(const (\w+)& args, void\* stream\) \{", re.MULTILINE)
 BARRIER = re.compile(r"__syncthreads\(\)")
@@ -45,6 +48,7 @@ def build(
     cache: Path,
     changes: tuple[Change, ...] = (),
     sanitize: bool = False,
+    races: bool = False,
     flags: tuple[str, ...] = ("-O1",),
 ) -> Build:
     """Compile `sources`, .cu files of `folder`, with the headers beside them.
@@ -60,9 +64,9 @@ def build(
     structs = {args: _struct(args, texts) for args in functions.values()}
     every = ["g++", *FLAGS, f"-I{HERE / 'include'}", *(SANITIZERS if sanitize else ())]
     own = "".join(path.read_text(encoding="utf-8") for path in _own_files())
-    compiled = [*every, *flags, "-c", str(HERE / "runtime.cpp")]
+    compiled = [*every, *flags, "-r", *(str(HERE / name) for name in ("runtime.cpp", "races.cpp"))]
     runtime = _made(cache, [own, *compiled], "runtime.o", {}, lambda _: compiled)
-    kernels = [*every, *flags, "-shared"]
+    kernels = [*every, *flags, *(RACES if races else ()), "-shared"]
 
     def link(place: Path) -> list[str]:
         units = [str(place / source) for source in sources]
@@ -98,7 +102,8 @@ def _with_headers(folder: Path, sources: tuple[str, ...]) -> dict[str, str]:
 
 
 def _own_files() -> list[Path]:
-    return [HERE / "runtime.cpp", HERE / "fiber.h", *sorted((HERE / "include").iterdir())]
+    names = ("runtime.cpp", "races.cpp", "fiber.h")
+    return [*(HERE / name for name in names), *sorted((HERE / "include").iterdir())]
 
 
 def _made(

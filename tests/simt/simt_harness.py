@@ -57,10 +57,11 @@ class SimtMachine:
         cache: Path,
         changes: tuple[Change, ...] = (),
         sanitize: bool = False,
+        races: bool = False,
         folder: Path = CSRC,
         flags: tuple[str, ...] = ("-O1",),
     ) -> None:
-        self.built = build(folder, sources, cache, changes, sanitize, flags)
+        self.built = build(folder, sources, cache, changes, sanitize, races, flags)
         self.sanitize = sanitize
         self.library = None if sanitize else load(str(self.built.library))
 

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from simt_build import Change
 from simt_harness import SCHEDULES, Fault, Schedule
 
 PROBES = Path(__file__).parent / "probes"
 KERNELS = (
     "block_sum", "exchange", "count_distinct", "barrier_in_a_branch", "two_barriers",
     "lane_that_is_gone", "foreign_mask", "shared_past_the_end", "rounded",
+    "through_memory", "one_place_for_all_blocks",
 )  # fmt: skip
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.order} {s.seed}")
 
@@ -17,6 +19,11 @@ each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{
 @pytest.fixture(scope="module")
 def machine(simt):
     return simt("probes.cu", folder=PROBES)
+
+
+@pytest.fixture(scope="module")
+def races(simt):
+    return simt("probes.cu", folder=PROBES, races=True)
 
 
 def fields(kernel, given, out, words=None, blocks=1, threads=64, dynamic_bytes=0):
@@ -110,6 +117,32 @@ def test_broken_rules_are_errors(machine, kernel, message, schedule):
 def test_launches_that_a_gpu_refuses(machine, launch):
     with pytest.raises(Fault, match="CUDA error 9"):
         run(machine, "block_sum", torch.zeros(64), torch.zeros(1), **launch)
+
+
+@each_schedule
+def test_races_are_seen_in_any_schedule(races, schedule):
+    given = torch.randn(64)
+    assert run(races, "block_sum", given, torch.zeros(1), schedule).item() != 0
+    words = torch.zeros(1, dtype=torch.int32)
+    numbers = torch.arange(64).float()  # atomics are none
+    run(races, "count_distinct", numbers, given, schedule, words=words, dynamic_bytes=12)
+    found = run(races, "through_memory", given, torch.zeros(64), schedule)
+    assert torch.equal(found, given.view(-1, 2).flip(1).reshape(-1))
+    dropped = Schedule(schedule.order, schedule.seed, races.built.barriers[0])
+    with pytest.raises(Fault, match="a race: thread"):
+        run(races, "block_sum", given, torch.zeros(1), dropped)
+    with pytest.raises(Fault, match="a race: thread 0 of block"):
+        run(races, "one_place_for_all_blocks", given, torch.zeros(1), schedule, blocks=2)
+
+
+def test_a_missing_wait_of_a_warp_is_a_race(simt):
+    change = Change("probes.cu", """= a.in[threadIdx.x];
+  __syncwarp();
+  a.out""", """= a.in[threadIdx.x];
+  a.out""")  # fmt: skip
+    machine = simt("probes.cu", folder=PROBES, races=True, changes=(change,))
+    with pytest.raises(Fault, match="a race: thread"):
+        run(machine, "through_memory", torch.randn(64), torch.zeros(64))
 
 
 def test_rounding_to_16_bits(machine):

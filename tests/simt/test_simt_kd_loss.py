@@ -172,6 +172,17 @@ def caught_by(machine, schedule):
     return caught
 
 
+def test_no_thread_races_another(simt):
+    """Whatever the schedule; and each barrier that is left out makes a race."""
+    machine = simt("kd_loss.cu", races=True)
+    for inplace, divergence in itertools.product((False, True), DIVERGENCES):
+        inputs = make(2, 603, 500, torch.bfloat16) if inplace else make(2, 600, 600)
+        run(machine, *inputs, inplace=inplace, divergence=divergence).check()
+    for barrier in machine.built.barriers:
+        with pytest.raises(Fault, match="a race: thread"):
+            run(machine, *inputs, schedule=Schedule(dropped=barrier), divergence="jsd")
+
+
 def test_every_barrier_is_needed(machine):
     """A barrier that is left out shows under some schedule; the harness would miss nothing."""
     assert len(machine.built.barriers) >= 3

@@ -123,6 +123,15 @@ def test_non_finite_positions_give_nan_alone(machine):
     assert out[0, [0, 2]].isfinite().all()
 
 
+def test_no_thread_races_another(simt):
+    machine = simt("rotary.cu", races=True)
+    for name, dtype in (("paper", torch.bfloat16), ("partial", torch.float32)):
+        x, positions = make(SPECS[name], dtype=dtype)
+        before = x.clone()
+        machine.run("rotary_cuda", fields(x, x, positions, SPECS[name]))
+        check(x, before, positions, SPECS[name])
+
+
 def jobs():
     """Launches with every path of the kernel, and the means to check them."""
     for name, dtype in (

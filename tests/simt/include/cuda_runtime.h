@@ -63,6 +63,7 @@ struct SimtSame {
 };
 template <typename T, typename F>
 T simt_change(T* place, F f) {
+  const simt::Atomic atomic;
   const T before = *place;
   *place = f(before);
   return before;

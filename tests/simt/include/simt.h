@@ -73,7 +73,23 @@ T shuffle_xor(const char* site, unsigned mask, T value, int flip, int width = 32
 }
 
 unsigned ballot(const char* site, unsigned mask, bool vote);
-inline void sync_warp(const char* site, unsigned mask = ~0u) { meet(site, mask, 0); }
+void sync_warp(const char* site, unsigned mask = ~0u);
+
+// While one lives, the thread's accesses to memory are atomic.
+struct Atomic {
+  Atomic();
+  ~Atomic();
+};
+
+// Who accesses memory now, and how often it has waited for others; for races.cpp.
+struct Place {
+  unsigned thread, block, barriers, warp_syncs;
+  bool atomic;
+};
+// False outside of a kernel, and for what lies on the thread's own stack.
+bool where(const void* address, Place& place);
+void forget_accesses();
+void forget_accesses(const void* address, size_t size);
 
 }  // namespace simt
 

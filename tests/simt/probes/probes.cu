@@ -86,12 +86,25 @@ __global__ void rounded(const ProbeArgs a) {
   }
 }
 
+// A neighbour's value through shared memory, the warp waiting for itself.
+__global__ void through_memory(const ProbeArgs a) {
+  __shared__ float part[64];
+  part[threadIdx.x] = a.in[threadIdx.x];
+  __syncwarp();
+  a.out[threadIdx.x] = part[threadIdx.x ^ 1];
+}
+
+__global__ void one_place_for_all_blocks(const ProbeArgs a) {
+  if (threadIdx.x == 0) a.out[0] = a.in[0];
+}
+
 }  // namespace
 
 int probe_cuda(const ProbeArgs& args, void* stream) {
   void (*const kernels[])(ProbeArgs) = {
       block_sum,         exchange,     count_distinct,      barrier_in_a_branch, two_barriers,
-      lane_that_is_gone, foreign_mask, shared_past_the_end, rounded};
+      lane_that_is_gone, foreign_mask, shared_past_the_end, rounded,
+      through_memory,    one_place_for_all_blocks};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(args.blocks));
   config.blockDim = dim3(static_cast<unsigned>(args.threads));
