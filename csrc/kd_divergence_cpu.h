@@ -1,8 +1,8 @@
 // The divergence of a row whose sums are known, on the CPU: a walk of its own, in which no term is
 // below 0, so that nothing cancels however close the two distributions are.
 //
-// KL(p || m) = sum p g(m / p - 1) with g(u) = u - log(1 + u), for sum (m - p) = 0. With r = log(p / q)
-// and m = (1 - B) p + B q, m / p - 1 is B expm1(-r).
+// KL(p || m) = sum p g(m / p - 1) with g(u) = u - log(1 + u), for sum (m - p) = 0. With
+// r = log(p / q) and m = (1 - B) p + B q, m / p - 1 is B expm1(-r).
 #pragma once
 
 #include "kd_loss.h"

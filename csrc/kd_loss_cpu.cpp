@@ -232,9 +232,15 @@ CLINKD_INLINE void any_gradient(const KDArgs& a, int64_t row) {
   row_gradient<T, 0>(a, row);
 }
 
-CLINKD_CLONES void statistics_float32(const KDArgs& a, int64_t row) { any_statistics<float>(a, row); }
-CLINKD_CLONES void statistics_float16(const KDArgs& a, int64_t row) { any_statistics<Float16>(a, row); }
-CLINKD_CLONES void statistics_bfloat16(const KDArgs& a, int64_t row) { any_statistics<BFloat16>(a, row); }
+CLINKD_CLONES void statistics_float32(const KDArgs& a, int64_t row) {
+  any_statistics<float>(a, row);
+}
+CLINKD_CLONES void statistics_float16(const KDArgs& a, int64_t row) {
+  any_statistics<Float16>(a, row);
+}
+CLINKD_CLONES void statistics_bfloat16(const KDArgs& a, int64_t row) {
+  any_statistics<BFloat16>(a, row);
+}
 CLINKD_CLONES void divergence_float32(const KDArgs& a, int64_t row) {
   given_divergence<float>(a, row);
 }
@@ -244,9 +250,15 @@ CLINKD_CLONES void divergence_float16(const KDArgs& a, int64_t row) {
 CLINKD_CLONES void divergence_bfloat16(const KDArgs& a, int64_t row) {
   given_divergence<BFloat16>(a, row);
 }
-CLINKD_CLONES void gradient_float32(const KDArgs& a, int64_t row) { any_gradient<float>(a, row); }
-CLINKD_CLONES void gradient_float16(const KDArgs& a, int64_t row) { any_gradient<Float16>(a, row); }
-CLINKD_CLONES void gradient_bfloat16(const KDArgs& a, int64_t row) { any_gradient<BFloat16>(a, row); }
+CLINKD_CLONES void gradient_float32(const KDArgs& a, int64_t row) {
+  any_gradient<float>(a, row);
+}
+CLINKD_CLONES void gradient_float16(const KDArgs& a, int64_t row) {
+  any_gradient<Float16>(a, row);
+}
+CLINKD_CLONES void gradient_bfloat16(const KDArgs& a, int64_t row) {
+  any_gradient<BFloat16>(a, row);
+}
 
 }  // namespace
 

@@ -42,7 +42,8 @@ CLINKD_INLINE void angles(const RotaryArgs& a, const float* positions, int axes,
   float* s = a.pair_stride == 1 ? sin : f.sin;
   if (axes <= kFewAxes) {  // choosing among a few is cheaper than gathering
     float place[kFewAxes];
-    for (int k = 0; k < kFewAxes; ++k) place[k] = positions[k < axes ? k * a.positions_stride[0] : 0];
+    for (int k = 0; k < kFewAxes; ++k)
+      place[k] = positions[k < axes ? k * a.positions_stride[0] : 0];
 #pragma omp simd
     for (int i = 0; i < a.pairs; ++i) {
       const int32_t axis = a.axis[i];

@@ -1,5 +1,5 @@
-// What the distillation loss from a teacher's top logits needs of the student outside those columns:
-// arguments of the CPU and the CUDA kernels.
+// What the distillation loss from a teacher's top logits needs of the student outside those
+// columns: arguments of the CPU and the CUDA kernels.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The student's part of the top-k distillation loss on a GPU: a block of threads for each row. A map
-// of one bit a column says which columns are the teacher's. The mathematics is that of
+// The student's part of the top-k distillation loss on a GPU: a block of threads for each row. A
+// map of one bit a column says which columns are the teacher's. The mathematics is that of
 // topk_kd_cpu.cpp.
 #pragma once
 

@@ -110,7 +110,8 @@ CLINKD_INLINE Floats<16> interleave_low(Floats<16> a, Floats<16> b) {
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
 CLINKD_INLINE Floats<16> interleave_high(Floats<16> a, Floats<16> b) {
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                 31);
 }
 
 // (1, 0, 3, 2, …)

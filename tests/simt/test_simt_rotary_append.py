@@ -82,6 +82,19 @@ def test_every_schedule_gives_the_same(machine, schedule):
     append.check(machine)
 
 
+def test_no_thread_races_another(simt):
+    append = Append("paper", torch.bfloat16)
+    simt("rotary_append.cu", races=True).run(*append.job())
+
+
+def test_two_rows_of_one_cache_are_a_race(simt):
+    """What a caller must not do: rows of an expanded cache are the same memory."""
+    append = Append("paper", torch.float32, starts=torch.zeros(6, dtype=torch.int64))
+    append.caches[0] = append.caches[0][:1].expand(6, -1, -1, -1)
+    with pytest.raises(Fault, match="a race: thread"):
+        simt("rotary_append.cu", races=True).run(*append.job())
+
+
 def run_sanitized(simt, machine, *changes):
     sanitized = simt("rotary_append.cu", changes=changes, sanitize=True, flags=("-O0",))
     appends = [
