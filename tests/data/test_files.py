@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import signal
-from pathlib import Path
 
 import pytest
 
