@@ -115,7 +115,7 @@ setup(
     package_data={
         "clinkd": ["py.typed", "data/sample/*.jsonl", "data/sample/images/*.png"],
         "clinkd.report": ["templates/*"],
-        "clinkd.configs": ["*.yaml"],
+        "clinkd.configs": ["*.yaml", "deepspeed/*.json"],
     },
     ext_modules=[Extension("clinkd._C", sources=[])],
     cmdclass={"build_ext": BuildKernels},

@@ -57,6 +57,46 @@ class DemoModelConfig(Section):
     vocabulary: int = Field(2000, ge=400, description="most tokens that the BPE may learn")
 
 
+class AdapterConfig(Section):
+    """Low-rank adapters instead of all weights (peft); needs clinkd[lora]."""
+
+    kind: Literal["none", "lora", "qlora"] = Field(
+        "none", description="qlora: the frozen weights in 4 bits; needs a GPU and bitsandbytes"
+    )
+    rank: PositiveInt = 16
+    alpha: PositiveInt = Field(32, description="the adapter's product counts alpha / rank")
+    dropout: Fraction = 0.05
+    targets: str = Field(
+        r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        description="regular expression of the modules that get an adapter",
+    )
+
+
+class ParallelConfig(Section):
+    """Training over several processes of this machine, or of several (docs/training.md)."""
+
+    processes: PositiveInt | Literal["auto"] = Field(
+        "auto", description="training processes on each machine; auto: one a GPU"
+    )
+    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
+        "ddp", description="what is cut over them: nothing, or by DeepSpeed optimiser states, "
+        "gradients too, weights too",
+    )  # fmt: skip
+    offload: bool = Field(False, description="optimiser states in host memory (zero1 to zero3)")
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> "ParallelConfig":
+        if self.offload and self.strategy == "ddp":
+            raise ValueError("offload needs strategy zero1, zero2 or zero3")
+        return self
+
+
+class LogConfig(Section):
+    """Beside metrics.jsonl and TensorBoard, which are always written."""
+
+    wandb: str | None = Field(None, description="Weights & Biases project; needs its package")
+
+
 class ModelConfig(Section):
     student: str = Field(DEMO, description="hub name or folder of a Qwen-VL checkpoint, or 'demo'")
     teacher: str | None = Field(None, description="the same; default: the student's start")
@@ -65,6 +105,7 @@ class ModelConfig(Section):
         "float32", description="of the arithmetic on a GPU; weights in training stay float32"
     )
     freeze_vision: bool = Field(False, description="leave the vision tower as it is")
+    adapter: AdapterConfig = AdapterConfig()
     min_pixels: PositiveInt = Field(56 * 56, description="smaller images are enlarged")
     max_pixels: PositiveInt = Field(768 * 768, description="larger images are shrunk")
     demo: DemoModelConfig = DemoModelConfig()
@@ -80,6 +121,9 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     max_length: PositiveInt = Field(2048, description="tokens; a longer record is an error")
     gradient_checkpointing: bool = False
+    held_out: float = Field(
+        0.0, ge=0, lt=0.5, description="share of the stage's groups kept back to watch the loss on"
+    )
     save_steps: PositiveInt = Field(200, description="optimiser steps between checkpoints")
     log_steps: PositiveInt = Field(10, description="optimiser steps between log lines")
 
@@ -164,6 +208,22 @@ class RunConfig(Section):
     correct: CorrectConfig = CorrectConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _teacher_fits(self) -> "RunConfig":
+        live = self.distill.teacher_cache == "none" and self.distill.pseudo_labels != "hard"
+        if self.parallel.strategy == "zero3" and live:
+            raise ValueError(
+                "parallel.strategy zero3 needs distill.teacher_cache hidden or top-k: a whole "
+                "teacher in every process would undo what zero3 saves"
+            )
+        if self.parallel.strategy != "ddp" and self.model.adapter.kind != "none":
+            raise ValueError(
+                "model.adapter needs parallel.strategy ddp: its optimiser states are too few to cut"
+            )
+        return self
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

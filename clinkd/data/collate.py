@@ -116,7 +116,8 @@ def collate(items: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, 
     Returns:
         `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` [B, S]; with images
         `pixel_values` [patches, features] and `image_grid_thw` [images, 3] of the whole batch;
-        with a cached teacher `teacher_…` [answer tokens, …], in the order of the batch.
+        with a cached teacher `teacher_…` [answer tokens, …], in the order of the batch; `places`
+        [B] of the records, where items have theirs.
     """
 
     def pad(name: str, value: int) -> Tensor:
@@ -132,8 +133,8 @@ def collate(items: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, 
     }
     length = batch["input_ids"].shape[1]
     batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
-    teacher = [name for name in items[0] if name.startswith("teacher_")]
-    for name in ("pixel_values", "image_grid_thw", *teacher):
+    others = [name for name in items[0] if name == "places" or name.startswith("teacher_")]
+    for name in ("pixel_values", "image_grid_thw", *others):
         found = [item[name] for item in items if name in item]
         if found:
             batch[name] = torch.cat(found)

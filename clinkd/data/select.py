@@ -40,6 +40,17 @@ def limit_records(records: Sequence[Record], limit: int | None, seed: int) -> li
     return list(records) if limit is None else draw(records, limit, seed)
 
 
+def held_out_places(records: Sequence[Record], share: float, seed: int) -> list[int]:
+    """Places of the records of a share of the groups (volumes, patients), at least one group.
+
+    A group is never in both parts. 0 gives none.
+    """
+    groups = sorted({record.group for record in records}, key=lambda g: seeded_key(seed, g))
+    count = min(max(1, round(share * len(groups))), len(groups) - 1) if share > 0 else 0
+    kept = set(groups[:count])
+    return [place for place, record in enumerate(records) if record.group in kept]
+
+
 def draw(records: Sequence[Record], count: int, seed: int) -> list[Record]:
     """`count` records (all, if there are fewer), stratified; in the order of `records`."""
     if count >= len(records):

@@ -9,8 +9,7 @@ from clinkd.data.collate import AnswerDataset
 from clinkd.errors import ConfigError
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root
-from clinkd.pipeline.stages import distill_records
-from clinkd.pipeline.steps import load_model, open_cache, start_of
+from clinkd.pipeline.steps import load_model, open_cache, stage_records, start_of
 from clinkd.train.cache_error import cache_error
 from clinkd.train.teachers import CachedRows
 
@@ -38,7 +37,7 @@ def check_cache(run: Path, records: int) -> dict[str, Any]:
     distilled = folder.student("distilled")
     start = str(distilled) if (distilled / "config.json").exists() else start_of(folder)
     student, processor = load_model(config, start)
-    wanted = distill_records(folder)
+    wanted = stage_records(folder, "distill")
     cache = open_cache(folder, wanted, processor)
     found: dict[str, Any] = {
         "kind": cache.spec.kind,

@@ -1,7 +1,6 @@
 """What each stage does: it reads the run folder and writes its own files only."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,19 +9,20 @@ from clinkd import generate, models, report
 from clinkd.config import DEMO, CorrectConfig
 from clinkd.data.checks import require_sound
 from clinkd.data.files import read_jsonl, write_jsonl
-from clinkd.data.records import Record, Turn, read_records, write_records
+from clinkd.data.records import Record, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
 from clinkd.evaluate.run import evaluate_run
 from clinkd.evaluate.text.jars import require_spice
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
 from clinkd.pipeline.steps import (
+    TrainTask,
     answer,
     load_model,
     positions_of,
+    stage_records,
     start_of,
-    teacher_for,
-    train_model,
+    train_stage,
 )
 from clinkd.progress import Update
 from clinkd.train.correction.correct import correct_records, write_round
@@ -87,13 +87,9 @@ def _build_demo_model(folder: RunFolder, records: Sequence[Record]) -> None:
 
 def teacher(folder: RunFolder, progress: Update) -> str:
     """Fine-tune a copy of the start on the teacher's share of the training split."""
-    records = read_records(folder.data("teacher"))
     start = folder.config.model.teacher or start_of(folder)
-    model, processor = load_model(folder.config, start, training=True)
-    loss = train_model(
-        folder, "teacher", model, processor, records, folder.config.teacher, progress
-    )
-    return f"{len(records)} records, loss {loss:.3f}"
+    loss = train_stage(folder, TrainTask("teacher", start, str(folder.teacher)), progress)
+    return f"{len(stage_records(folder, 'teacher'))} records, loss {loss:.3f}"
 
 
 def pseudo_label(folder: RunFolder, progress: Update) -> str:
@@ -119,36 +115,9 @@ def _confidence(row: dict[str, Any]) -> float:
 
 def distill(folder: RunFolder, progress: Update) -> str:
     """Train the student on the truth and on the teacher's distributions or answers."""
-    config = folder.config.distill
-    records = distill_records(folder)
-    soft = config.pseudo_labels != "hard"
-    student, processor = load_model(folder.config, start_of(folder), training=True)
-    told = teacher_for(folder, records, processor, progress) if soft else None
-    output = folder.student("distilled")
-    loss = train_model(
-        folder, "distill", student, processor, records, config, progress, output, told
-    )
-    return f"{len(records)} records, loss {loss:.3f}"
-
-
-def distill_records(folder: RunFolder) -> list[Record]:
-    """The training split, and the teacher's confident answers to it where they are wanted."""
-    records = read_records(folder.data("train"))
-    if folder.config.distill.pseudo_labels != "soft":
-        records += _hard_labels(folder, records, folder.config.distill.min_confidence)
-    return records
-
-
-def _hard_labels(folder: RunFolder, records: Sequence[Record], least: float) -> list[Record]:
-    """Records that carry the teacher's confident answers in place of the truth."""
-    by_id = {record.id: record for record in records}
-    out = []
-    for row in read_jsonl(folder.path / "pseudo" / "labels.jsonl"):
-        if row["confidence"] >= least and row["response"].strip():
-            record = by_id[row["id"]]
-            turns = (*record.conversations[:-1], Turn("gpt", row["response"]))
-            out.append(replace(record, id=f"{record.id}#pseudo", conversations=turns))
-    return out
+    output = str(folder.student("distilled"))
+    loss = train_stage(folder, TrainTask("distill", start_of(folder), output), progress)
+    return f"{len(stage_records(folder, 'distill'))} records, loss {loss:.3f}"
 
 
 def correct(folder: RunFolder, progress: Update) -> str:
@@ -185,9 +154,9 @@ def _round(
     config: CorrectConfig = folder.config.correct
     place = folder.correction(round_)
     records = read_records(folder.data("train"))
-    model, processor = load_model(folder.config, start, training=True)
     if not (place / "data.jsonl").exists():
         asked = limit_records(records, config.records_limit, folder.config.seed + round_)
+        model, processor = load_model(folder.config, start)
         answers = place / "answers.jsonl"
         answer(folder, model, processor, asked, answers, progress)
         corrections = correct_records(
@@ -201,16 +170,8 @@ def _round(
             progress=progress,
         )
         write_round(place, records, corrections)
-    train_model(
-        folder,
-        f"correct-{round_}",
-        model,
-        processor,
-        read_records(place / "data.jsonl"),
-        config,
-        progress,
-        folder.student(f"round-{round_}"),
-    )
+    output = str(folder.student(f"round-{round_}"))
+    train_stage(folder, TrainTask(f"correct-{round_}", start, output), progress)
 
 
 def _count_corrections(folder: RunFolder, round_: int) -> int:

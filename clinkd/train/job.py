@@ -19,6 +19,12 @@ class Job:
         output: folder of the finished model; checkpoints lie in `checkpoints/` beside its files.
         log: the run's metrics.jsonl.
         bfloat16: arithmetic on a GPU in bfloat16 (autocast); weights stay float32.
+        strategy: `ddp`, or DeepSpeed's `zero1`, `zero2`, `zero3`.
+        offload: DeepSpeed keeps the optimiser's states in host memory.
+        held_out: places of records that nothing is learned from; their loss is logged with each
+            checkpoint.
+        tensorboard: folder of its event files.
+        wandb: project of Weights & Biases.
     """
 
     stage: str
@@ -29,3 +35,8 @@ class Job:
     seed: int
     progress: Progress | None = None
     bfloat16: bool = False
+    strategy: str = "ddp"
+    offload: bool = False
+    held_out: Sequence[int] = ()
+    tensorboard: Path | None = None
+    wandb: str | None = None

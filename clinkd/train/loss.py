@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from clinkd.config import DistillConfig
 from clinkd.ops import KDLoss, linear_kd_loss, linear_topk_kd_loss
+from clinkd.train.adapter import inner_model
 from clinkd.train.teachers import answer_rows
 
 
@@ -46,6 +47,7 @@ def _forward(
         kd: weight, temperature and divergence; None: cross-entropy alone.
         num_items: answer tokens of the whole optimiser step, over all processes.
     """
+    model = inner_model(model)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state
     rows = answer_rows(labels)
     hidden = hidden[:, :-1].flatten(0, 1)[rows]  # [n, C]

@@ -3,13 +3,22 @@
 import math
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
+import psutil
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from clinkd.errors import ClinkdError
 from clinkd.train.job import Job
+from clinkd.train.parallel import any_rank, world_size
+
+NAMES = ("loss", "ce", "kd", "learning_rate", "grad_norm", "eval_loss")
+# dense bf16 FLOP/s of the makers' data sheets: NVIDIA A100 (DS-10031-001), H100 SXM and H200
+# (DS-11313-001), L40S (DS-11402-001), RTX 4090 (Ada whitepaper, appendix A, float32 sums)
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
 
 
 class Watch(TrainerCallback):
@@ -19,16 +28,38 @@ class Watch(TrainerCallback):
         self.job = job
         self.preempted = False
         self.last_loss = math.nan
+        self.faulty: list[str] = []  # records of the micro-batch whose loss is not finite
+        self.weights = 0  # parameters that every token passes through
+        self.signalled = False
+        self._mark = (0, 0.0)  # tokens seen and time at the last row
+        self._board: Any = None
 
     def signals(self) -> "Signals":
         return Signals(self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._mark = (int(state.num_input_tokens_seen), time.monotonic())
+        if self.job.tensorboard is not None and state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self.job.tensorboard / self.job.stage
+            self._board = SummaryWriter(str(folder), purge_step=state.global_step or None)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._board is not None:
+            self._board.close()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self.job.progress is not None:
             self.job.progress(state.global_step, state.max_steps, f"loss {self.last_loss:.3f}")
-        if self.preempted:
+        if any_rank(self.signalled):  # a signal may have reached one of them at another step
+            self.preempted = True
             control.should_save = True
             control.should_training_stop = True
 
@@ -40,19 +71,42 @@ class Watch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if not logs or "loss" not in logs:
+        logs = logs or {}
+        row = {name: float(logs[name]) for name in NAMES if name in logs}
+        if not row:
             return
-        self.last_loss = logs["loss"]
+        self.last_loss = logs.get("loss", self.last_loss)
         if state.is_world_process_zero:
-            names = ("loss", "ce", "kd", "learning_rate", "grad_norm")
-            row = {name: float(logs[name]) for name in names if name in logs}
             where = {"stage": self.job.stage, "step": state.global_step, "epoch": state.epoch}
             self.job.log.append(where | row)
-        if not math.isfinite(self.last_loss):
+            if self._board is not None:
+                speed = self._speed(state) if "loss" in logs else {}
+                for name, value in (row | speed).items():
+                    self._board.add_scalar(f"{self.job.stage}/{name}", value, state.global_step)
+        if "loss" in logs and not math.isfinite(self.last_loss):
+            told = f"; the first such batch held {', '.join(self.faulty)}" if self.faulty else ""
             raise ClinkdError(
                 f"stage {self.job.stage}: the loss is {self.last_loss} at step "
-                f"{state.global_step}; lower learning_rate, or set CLINKD_CHECK=1 to find the row"
+                f"{state.global_step}{told}; lower learning_rate, or set CLINKD_CHECK=1 to find "
+                "the row"
             )
+
+    def _speed(self, state: TrainerState) -> dict[str, float]:
+        """Since the last row: tokens a second over all processes, share of the peak, memory."""
+        tokens, before = int(state.num_input_tokens_seen), self._mark
+        self._mark = (tokens, time.monotonic())
+        rate = (tokens - before[0]) / max(1e-9, self._mark[1] - before[1])
+        found = {"tokens_per_second": rate}
+        if torch.cuda.is_available():
+            found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            name = torch.cuda.get_device_name()
+            peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+            if peak is not None:
+                # 6 operations a token and weight, forward and backward (Kaplan et al. 2020)
+                found["mfu"] = 6 * self.weights * rate / (peak * world_size())
+        else:
+            found["memory_gib"] = psutil.Process().memory_info().rss / 2**30
+        return found
 
 
 class Signals:
@@ -72,4 +126,4 @@ class Signals:
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.watch.preempted = True
+        self.watch.signalled = True

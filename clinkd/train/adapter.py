@@ -1,0 +1,99 @@
+"""Low-rank adapters (peft): put in before training, merged into a plain model after it."""
+
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from clinkd.config import AdapterConfig
+from clinkd.errors import ConfigError, SetupError
+
+
+def quantisation(config: AdapterConfig) -> dict[str, Any]:
+    """What `from_pretrained` needs to load the frozen weights of `qlora`; else nothing.
+
+    Raises:
+        SetupError: no GPU, or no bitsandbytes.
+    """
+    if config.kind != "qlora":
+        return {}
+    if not torch.cuda.is_available():
+        raise SetupError("model.adapter.kind=qlora needs a GPU; 'lora' works without one")
+    if find_spec("bitsandbytes") is None:
+        raise SetupError("model.adapter.kind=qlora needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": settings}
+
+
+def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> PreTrainedModel:
+    """The model with fresh adapters, its own weights frozen; as it is where `kind` is none.
+
+    Raises:
+        SetupError: peft is not installed.
+        ConfigError: `targets` fits no module.
+    """
+    if config.kind == "none":
+        return model
+    if find_spec("peft") is None:
+        raise SetupError("model.adapter needs peft: pip install clinkd[lora]")
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if config.kind == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets,
+    )
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)  # the same start on every rank and in every try
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(f"model.adapter.targets: {error}") from None
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def inner_model(model: Any) -> Any:
+    """The Hugging Face model, whether adapters are around it or not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The adapters' weights alone; None for a model without."""
+    if not hasattr(model, "get_base_model"):
+        return None
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def merged(model: Any, start: str | Path) -> PreTrainedModel:
+    """A plain model: adapters added to the weights; the trained one is not changed.
+
+    Args:
+        start: what the model was loaded from: weights in 4 bits are not merged but read again.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
+        from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+        from clinkd import models
+
+        whole: Any = models.load(start, dtype=torch.bfloat16)
+        fresh = get_peft_model(whole, model.peft_config["default"])
+        set_peft_model_state_dict(fresh, get_peft_model_state_dict(model))
+        return fresh.merge_and_unload()
+    return copy.deepcopy(model).merge_and_unload()

@@ -1,0 +1,53 @@
+"""Several training processes: DeepSpeed's settings, and words that all ranks agree on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clinkd.errors import SetupError
+
+_PACKAGE = Path(__file__).parent.parent
+# beside the package in the source tree, inside it in a wheel
+_FOLDERS = (_PACKAGE / "configs" / "deepspeed", _PACKAGE.parent / "configs" / "deepspeed")
+
+
+def deepspeed_config(strategy: str, offload: bool) -> dict[str, Any] | None:
+    """DeepSpeed's configuration of a strategy; None for `ddp`.
+
+    Raises:
+        SetupError: the package came without its configs.
+    """
+    if strategy == "ddp":
+        return None
+    for folder in _FOLDERS:
+        path = folder / f"{strategy}.json"
+        if path.is_file():
+            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if offload:
+                target = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+                config["zero_optimization"]["offload_optimizer"] = target
+            return config
+    raise SetupError(f"configs/deepspeed/{strategy}.json is missing; install clinkd again")
+
+
+def world_size() -> int:
+    """Processes of this training."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is up on some rank; all ranks must ask."""
+    if world_size() == 1:
+        return flag
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vote = torch.tensor(int(flag), device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote)
