@@ -73,10 +73,10 @@ class AdapterConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Training over several processes of this machine, or of several (docs/training.md)."""
+    """Training over several processes of this machine (docs/training.md)."""
 
     processes: PositiveInt | Literal["auto"] = Field(
-        "auto", description="training processes on each machine; auto: one a GPU"
+        "auto", description="training processes; auto: one a GPU"
     )
     strategy: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
         "ddp", description="what is cut over them: nothing, or by DeepSpeed optimiser states, "

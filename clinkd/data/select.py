@@ -44,10 +44,16 @@ def held_out_places(records: Sequence[Record], share: float, seed: int) -> list[
     """Places of the records of a share of the groups (volumes, patients), at least one group.
 
     A group is never in both parts. 0 gives none.
+
+    Raises:
+        ConfigError: one group only, so that nothing would be left to learn from.
     """
+    if share == 0:
+        return []
     groups = sorted({record.group for record in records}, key=lambda g: seeded_key(seed, g))
-    count = min(max(1, round(share * len(groups))), len(groups) - 1) if share > 0 else 0
-    kept = set(groups[:count])
+    if len(groups) < 2:
+        raise ConfigError(f"held_out needs records of at least two groups, got {len(groups)}")
+    kept = set(groups[: max(1, round(share * len(groups)))])
     return [place for place, record in enumerate(records) if record.group in kept]
 
 

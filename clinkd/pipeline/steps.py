@@ -18,7 +18,7 @@ from clinkd.data.teacher_cache import TeacherCache
 from clinkd.generate.select import Selection
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root
-from clinkd.pipeline.workers import Nodes, process_count, train_in_processes
+from clinkd.pipeline.workers import process_count, train_in_processes
 from clinkd.progress import Update
 from clinkd.rotary import PositionConfig
 from clinkd.train.adapter import add_adapter, quantisation
@@ -86,8 +86,7 @@ def train_stage(folder: RunFolder, task: TrainTask, progress: Update) -> float:
     if task.stage == "distill" and uses_cache(config):
         processor = load_processor(config, task.start)
         open_cache(folder, stage_records(folder, task.stage), processor, progress)
-    many = process_count(config) * Nodes.of_environment().count > 1
-    if many or config.parallel.strategy != "ddp":
+    if process_count(config) > 1 or config.parallel.strategy != "ddp":
         return train_in_processes(folder.path, task, config, progress)
     return train_here(folder, task, progress)
 

@@ -1,9 +1,4 @@
-"""Training in several processes of this machine, or of several machines.
-
-A parent that holds the run folder starts one process a GPU and waits. With NNODES, NODE_RANK,
-MASTER_ADDR and MASTER_PORT in the environment, as torchrun names them, the processes of all
-machines meet; see `clinkd.pipeline.follow` for the machines after the first.
-"""
+"""Training in several processes of this machine: a parent that holds the run folder waits."""
 
 import os
 import queue
@@ -12,7 +7,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +16,8 @@ import torch.multiprocessing
 
 from clinkd import errors
 from clinkd.config import RunConfig, load
-from clinkd.errors import ClinkdError, ConfigError
+from clinkd.errors import ClinkdError
 from clinkd.progress import Update
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """Where the processes of all machines meet."""
-
-    count: int = 1
-    rank: int = 0
-    address: str = "127.0.0.1"
-    port: int = 0
-
-    @classmethod
-    def of_environment(cls) -> "Nodes":
-        """From NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; one machine where they are not set.
-
-        Raises:
-            ConfigError: one of them is missing or no number.
-        """
-        try:
-            count = int(os.environ.get("NNODES", "1"))
-            if count == 1:
-                return cls(port=_free_port())
-            rank, port = int(os.environ["NODE_RANK"]), int(os.environ["MASTER_PORT"])
-            return cls(count, rank, os.environ["MASTER_ADDR"], port)
-        except (KeyError, ValueError) as error:
-            raise ConfigError(
-                "NNODES over 1 needs the numbers NODE_RANK and MASTER_PORT, and MASTER_ADDR: "
-                f"{error}"
-            ) from None
 
 
 def process_count(config: RunConfig) -> int:
@@ -69,11 +34,11 @@ def train_in_processes(run: Path, task: Any, config: RunConfig, progress: Update
     Raises:
         ClinkdError: what a process raised, of the same kind.
     """
-    count, nodes = process_count(config), Nodes.of_environment()
+    count, port = process_count(config), _free_port()
     mp: Any = torch.multiprocessing  # its functions have no types
     context = mp.get_context("spawn")
     told: Any = context.Queue()
-    workers = mp.spawn(_work, (count, nodes, str(run), task, told), count, join=False)
+    workers = mp.spawn(_work, (count, port, str(run), task, told), count, join=False)
     found: dict[str, Any] = {}
     with _pass_signals_on(workers.processes):
         try:
@@ -103,24 +68,23 @@ def _listen(told: Any, found: dict[str, Any], progress: Update) -> None:
             found.setdefault(name, value)
 
 
-def _work(local: int, count: int, nodes: Nodes, run: str, task: Any, told: Any) -> None:
+def _work(rank: int, count: int, port: int, run: str, task: Any, told: Any) -> None:
     """One training process."""
     from clinkd.pipeline.folder import RunFolder
     from clinkd.pipeline.runner import quiet_libraries
     from clinkd.pipeline.steps import train_here
 
-    rank, world = nodes.rank * count + local, nodes.count * count
     os.environ |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(local),
-        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": nodes.address,
-        "MASTER_PORT": str(nodes.port),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
     }
     quiet_libraries()
     if torch.cuda.is_available():
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -240,17 +240,25 @@ class AnswerTrainer(Trainer):
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor:
         places = inputs.pop("places")
         told = None if self.teacher is None else self.teacher(inputs)
         loss = model(**inputs, teacher=told, kd=self.kd, num_items=num_items_in_batch)
         if not model.training:
-            return (loss.loss, None) if return_outputs else loss.loss
+            alone: Tensor = loss.loss
+            return alone
         self._parts.append(torch.stack([loss.ce.detach(), loss.kd.detach()]))
         self._places.append(places)
         # gradients are averaged over processes, while num_items counts the tokens of all of them
         total: Tensor = loss.loss * self.accelerator.num_processes
         return total
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        """The held-out loss of a batch, by its own tokens; no logits exist to return."""
+        return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._parts and "loss" in logs:
