@@ -1,0 +1,1 @@
+"""What compilers make of every kernel here, and what it must move, without a GPU."""
