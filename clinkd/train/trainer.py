@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
@@ -125,8 +126,9 @@ def save_model(
                 os.fsync(file.fileno())
         for path in files:
             os.replace(path, folder / path.name)
-    except OSError as error:
-        raise SetupError(f"{folder}: the model cannot be written: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SetupError(f"{folder}: the model cannot be written: {reason}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -321,9 +323,10 @@ class AnswerTrainer(Trainer):
                 _sync_files(Path(self._staging))
                 os.replace(Path(self._staging) / name, root / name)
                 _prune(root, self.args.save_total_limit, self.state.best_model_checkpoint)
-        except OSError as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # of three libraries
+            reason = error.strerror if isinstance(error, OSError) else error
             raise SetupError(
-                f"{root / name}: the checkpoint cannot be written ({error.strerror}); "
+                f"{root / name}: the checkpoint cannot be written ({reason}); "
                 "free some space and start again, the one before it is whole"
             ) from error
         finally:
