@@ -77,11 +77,6 @@ def build(
     return Build(library, functions, structs, tuple(_barriers(texts)))
 
 
-def compiler() -> bool:
-    """Whether there is a g++ here."""
-    return subprocess.run(["which", "g++"], capture_output=True, check=False).returncode == 0
-
-
 @lru_cache(maxsize=1)
 def sanitizer_library() -> str:
     """The address sanitizer's, which a process must load first."""

@@ -172,6 +172,7 @@ def caught_by(machine, schedule):
     return caught
 
 
+@pytest.mark.slow
 def test_no_thread_races_another(simt):
     """Whatever the schedule; and each barrier that is left out makes a race."""
     machine = simt("kd_loss.cu", races=True)

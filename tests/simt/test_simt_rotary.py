@@ -123,6 +123,7 @@ def test_non_finite_positions_give_nan_alone(machine):
     assert out[0, [0, 2]].isfinite().all()
 
 
+@pytest.mark.slow
 def test_no_thread_races_another(simt):
     machine = simt("rotary.cu", races=True)
     for name, dtype in (("paper", torch.bfloat16), ("partial", torch.float32)):

@@ -82,11 +82,13 @@ def test_every_schedule_gives_the_same(machine, schedule):
     append.check(machine)
 
 
+@pytest.mark.slow
 def test_no_thread_races_another(simt):
     append = Append("paper", torch.bfloat16)
     simt("rotary_append.cu", races=True).run(*append.job())
 
 
+@pytest.mark.slow
 def test_two_rows_of_one_cache_are_a_race(simt):
     """What a caller must not do: rows of an expanded cache are the same memory."""
     append = Append("paper", torch.float32, starts=torch.zeros(6, dtype=torch.int64))

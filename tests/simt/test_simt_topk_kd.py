@@ -146,6 +146,7 @@ def in_place(machine, columns, k, dtype, schedule=SCHEDULES[0]):
         machine.run(function, fields | {"grad": fields["student"]}, schedule)
 
 
+@pytest.mark.slow
 def test_no_thread_races_another(simt):
     """The gradient in place too; and each barrier that is left out makes a race."""
     machine = simt("topk_kd.cu", races=True)
