@@ -1,12 +1,11 @@
 """metrics.json of a run: every model side by side, trivial baselines beside them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import which
 from typing import Any
 
-from clinkd.data.files import write_json
+from clinkd.data.files import read_jsonl, write_json
 from clinkd.data.records import Record
 from clinkd.errors import ConfigError
 from clinkd.evaluate.baselines import mean_box_rows, most_frequent_rows
@@ -59,9 +58,9 @@ def evaluate_run(
             seed=seed,
         )
 
-    final = _rows(run_dir / "predictions.jsonl")
+    final = list(read_jsonl(run_dir / "predictions.jsonl"))
     models = {
-        name: scored(_rows(run_dir / "predictions" / f"{name}.jsonl"), LABELS[name])
+        name: scored(list(read_jsonl(run_dir / "predictions" / f"{name}.jsonl")), LABELS[name])
         for name in ("base", "teacher", "distilled")
     }
     models["corrected"] = scored([_with(row, 0) for row in final], LABELS["corrected"])
@@ -99,10 +98,6 @@ def meteor_metric(choice: str) -> str:
 
         choice = "jar" if which("java") and find_spec("pycocoevalcap") else "python"
     return "meteor" if choice == "jar" else "meteor_py"
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _with(row: Mapping[str, Any], index: int) -> dict[str, Any]:
