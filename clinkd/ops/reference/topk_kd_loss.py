@@ -6,6 +6,9 @@ from torch import Tensor
 from clinkd.ops.reference.kd_loss import divergence_rows
 
 NOTHING = -1e30  # logarithm of no probability: finite, so that 0 * NOTHING is 0
+# The teacher's tail is what K probabilities in float32 leave of 1, so less is rounding: taken for
+# 0 it would make the student's tail an error without bound in the reverse KL.
+LEAST_TAIL = 2.0**-23
 
 
 def topk_kd_loss_rows(
@@ -104,9 +107,9 @@ def bucket_loss_rows(
 
     log_p = teacher_logits / temperature - teacher_lse[:, None]
     log_p = log_p.masked_fill(top.detach() <= NOTHING, NOTHING)
-    rest = (1 - log_p.exp().sum(dim=1, keepdim=True)).clamp(min=0)
+    rest = (1 - log_p.exp().sum(dim=1, keepdim=True)).clamp(min=LEAST_TAIL)
     # where the student has no other column, what rounding leaves of 1 is no mass
-    rest = rest.log().clamp(min=NOTHING).masked_fill(tail[:, None] <= NOTHING, NOTHING)
+    rest = rest.log().masked_fill(tail[:, None] <= NOTHING, NOTHING)
     log_p = torch.cat([log_p, rest], dim=1)  # [N, K + 1]
     kd = temperature**2 * divergence_rows(log_p, log_q, divergence, beta, skew)
     ignored = labels == ignore_index
