@@ -114,8 +114,9 @@ def cache_bytes(model: Any, sequences: int, tokens: int) -> int:
 def step_bytes(model: Any, batch: int, prompt: int, beams: int, step: int) -> dict[str, int]:
     """Bytes that a decode step must read: weights once, prompts once, suffixes; and what it reads.
 
-    `read` adds what the searcher reads besides: the mask of visible places, once a layer and
-    key-value head, and the suffix places of all beams where one alone would need its own.
+    By arithmetic from the attention's arguments, not counted. `read` adds what the searcher reads
+    besides: the mask of visible places, once a layer and key-value head. Both take all prompts to
+    be as long as the longest.
     """
     text = model.config.get_text_config()
     weights = sum(

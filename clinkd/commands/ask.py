@@ -71,6 +71,7 @@ def _answer(
 
     from clinkd import models
     from clinkd.generate import BeamSearcher, ClipScorer, select
+    from clinkd.generate.scorer import mean_over_images
 
     disable_progress_bar()  # of loading weights
     try:
@@ -86,7 +87,7 @@ def _answer(
     texts = [candidate.text for candidate in result.candidates]
     cosines: list[float | None] = [None] * len(texts)
     if judge is not None:
-        cosines = list(judge.score(images[0], texts))
+        cosines = list(mean_over_images(judge, images, texts))
     chosen = select(result.candidates, "beam" if judge is None else "clip", clip=cosines)
     return list(zip(result.candidates, cosines, strict=True)), chosen
 

@@ -104,6 +104,14 @@ class ClipScorer:
         return [sentence for sentence in _SENTENCE_END.split(text) if sentence] or [text]
 
 
+def mean_over_images(
+    scorer: ClipScorer, images: Sequence[Image.Image], texts: Sequence[str]
+) -> list[float]:
+    """Cosine of each text, the mean over a question's images: it is as good as it fits them all."""
+    scores = [scorer.score(image, texts) for image in images]
+    return [sum(column) / len(column) for column in zip(*scores, strict=True)]
+
+
 class _OpenClip:
     def __init__(self, name: str, pretrained: str | None, device: str | torch.device) -> None:
         try:

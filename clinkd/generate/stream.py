@@ -17,7 +17,7 @@ from clinkd.errors import DataError
 from clinkd.generate.beam import BeamSearcher
 from clinkd.generate.journal import Journal
 from clinkd.generate.results import Candidate, Result
-from clinkd.generate.scorer import ClipScorer
+from clinkd.generate.scorer import ClipScorer, mean_over_images
 from clinkd.generate.select import NEEDS_SCORER, Selection, select, truth_quality
 
 Progress = Callable[[int, int, str], None]
@@ -160,9 +160,7 @@ def _row(
         error = "the search found no candidate"
     clip: list[float | None] = [None] * len(candidates)
     if scorer is not None and images and candidates:
-        # several images: a text is as good as its mean over them
-        scores = [scorer.score(image, [c.text for c in candidates]) for image in images]
-        clip = [sum(column) / len(column) for column in zip(*scores, strict=True)]
+        clip = list(mean_over_images(scorer, images, [c.text for c in candidates]))
     chosen = 0
     if error is None:
         try:

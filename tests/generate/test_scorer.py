@@ -29,6 +29,7 @@ from transformers import (
 from clinkd.data.records import Record, Turn
 from clinkd.errors import ConfigError
 from clinkd.generate import ClipScorer, train_clip
+from clinkd.generate.scorer import mean_over_images
 
 WORDS = [
     "<pad>",
@@ -244,6 +245,16 @@ def test_an_image_is_encoded_once(scorer, red, monkeypatch):
         scorer.score(Image.new("RGB", (8, 8), (shade, 0, 0)), ["a"])
     assert len(encoded) == 72
     assert len(scorer._images) <= 64  # whatever the number of questions
+
+
+def test_several_images_count_alike(open_clip_folder, red):
+    scorer = ClipScorer.load(str(open_clip_folder))
+    blue = Image.new("RGB", (40, 50), "blue")
+    texts = ["a red square", "a blue square"]
+    expected = [
+        (a + b) / 2 for a, b in zip(*(scorer.score(x, texts) for x in (red, blue)), strict=True)
+    ]
+    assert mean_over_images(scorer, [red, blue], texts) == pytest.approx(expected, abs=1e-6)
 
 
 def test_nan_is_passed_on(open_clip_folder, red):
