@@ -21,7 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-if os.environ.pop("TRITON_INTERPRET", None):
+# as a program only: tests that import this run kernels in the interpreter
+if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", None):
     print("TRITON_INTERPRET is set: unset it, this compiles", file=sys.stderr)
 
 import triton
