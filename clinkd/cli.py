@@ -97,9 +97,16 @@ def _execute(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = Console()
+    from clinkd.pipeline.machines import leading, machines
     from clinkd.pipeline.runner import run as run_stages
+    from clinkd.pipeline.workers import follow
 
-    folder = run_stages(settings, console, first=first, last=last, update=update)
+    here = machines()
+    if here is not None and here.rank > 0:
+        follow(settings)
+        return
+    with leading():
+        folder = run_stages(settings, console, first=first, last=last, update=update)
     if last in ("evaluate", "report"):
         console.results(json.loads((folder.path / "metrics.json").read_text(encoding="utf-8")))
     if last == "report":

@@ -7,12 +7,12 @@ from clinkd.errors import ConfigError
 
 _HERE = Path(__file__).parent
 # beside the package in the source tree, inside it in a wheel
-_FOLDERS = (_HERE / "configs", _HERE.parent / "configs")
+FOLDERS = (_HERE / "configs", _HERE.parent / "configs")
 
 
 def recipes() -> dict[str, Path]:
     """Name to file of every shipped config."""
-    for folder in _FOLDERS:
+    for folder in FOLDERS:
         found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
         if found:
             return found

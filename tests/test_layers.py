@@ -15,7 +15,7 @@ BELOW = {
     "ops": {"ops", "rotary", "positions", "kernels", "_C"},
     "models": {"models", "ops", "rotary", "positions", "config", "data"},
     "data": {"data"},
-    "train": {"train", "models", "ops", "data", "config", "rotary", "generate"},
+    "train": {"train", "models", "ops", "data", "config", "rotary", "generate", "recipes"},
     "generate": {"generate", "models", "ops", "data", "rotary"},
     "evaluate": {"evaluate", "data", "generate", "config", "progress"},
     "report": {"report", "evaluate", "data", "config", "progress", "pipeline"},

@@ -2,6 +2,7 @@
 
 from clinkd.generate.beam import BeamSearcher
 from clinkd.generate.clip_train import train_clip
+from clinkd.generate.journal import join_parts
 from clinkd.generate.results import Candidate, Result
 from clinkd.generate.scorer import ClipScorer
 from clinkd.generate.select import select
@@ -13,6 +14,7 @@ __all__ = [
     "ClipScorer",
     "Result",
     "answer_records",
+    "join_parts",
     "select",
     "train_clip",
 ]

@@ -20,11 +20,19 @@ class Journal:
         header: one line that says what the lines depend on.
         ids: of the lines to come; each line holds its own as "id".
         block: lines that are written together.
+        rank: of `world` processes that each write a part of the file.
     """
 
-    def __init__(self, output: Path, header: str, ids: Sequence[str], block: int) -> None:
-        self.output = output
-        self.path = output.with_name(f".{output.name}.journal")
+    def __init__(
+        self,
+        output: Path,
+        header: str,
+        ids: Sequence[str],
+        block: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.path = _path(output, rank, world)
         self.header = header.encode()
         output.parent.mkdir(parents=True, exist_ok=True)
         self.done, end = self._recover(ids, block)
@@ -56,12 +64,25 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self) -> None:
-        """Write the file without the header, atomically, and remove the journal."""
-        with open(self.path, "rb") as source, atomic_write(self.output, "wb") as target:
-            source.readline()
-            shutil.copyfileobj(source, target)
-        self.path.unlink()
+
+def join_parts(output: str | os.PathLike[str], world: int = 1) -> None:
+    """Write the file from the journals of `world` processes, atomically, and remove all journals.
+
+    Their headers are left out.
+    """
+    output = Path(output)
+    with atomic_write(output, "wb") as target:
+        for rank in range(world):
+            with open(_path(output, rank, world), "rb") as source:
+                source.readline()
+                shutil.copyfileobj(source, target)
+    for path in output.parent.glob(f".{output.name}.journal*"):  # another world's too
+        path.unlink()
+
+
+def _path(output: Path, rank: int, world: int) -> Path:
+    part = "" if world == 1 else f"-{rank}-of-{world}"
+    return output.with_name(f".{output.name}.journal{part}")
 
 
 def _is_of(line: bytes, name: str) -> bool:

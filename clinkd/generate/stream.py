@@ -15,7 +15,7 @@ from clinkd.data.images import load_image
 from clinkd.data.records import Record
 from clinkd.errors import DataError
 from clinkd.generate.beam import BeamSearcher
-from clinkd.generate.journal import Journal
+from clinkd.generate.journal import Journal, join_parts
 from clinkd.generate.results import Candidate, Result
 from clinkd.generate.scorer import ClipScorer, mean_over_images
 from clinkd.generate.select import NEEDS_SCORER, Selection, select, truth_quality
@@ -42,6 +42,8 @@ def answer_records(
     mix: float = 0.5,
     stop_texts: Sequence[str] = (),
     progress: Progress | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
     """Answer every record's question and write `output`, one prediction a line, in their order.
 
@@ -60,6 +62,8 @@ def answer_records(
         mix: λ of `mixed`.
         stop_texts: see `BeamSearcher`.
         progress: called with answered, all, and a name.
+        rank: of `world` processes, each of which answers neighbouring blocks and leaves them in its
+            journal; `join_parts` makes the file of them, the same that one process would write.
 
     Raises:
         ValueError: `selection` needs a scorer and there is none, or a setting out of range.
@@ -82,11 +86,13 @@ def answer_records(
         "model": _fingerprint(model),
         "scorer": _fingerprint(scorer.backend.model) if scorer is not None else None,
     }
-    journal = Journal(
-        output, _line(settings), [record.id for record in records], BLOCK * batch_size
-    )
-    for start in range(journal.done, len(records), BLOCK * batch_size):
-        part = records[start : start + BLOCK * batch_size]
+    size = BLOCK * batch_size
+    blocks = -(-len(records) // size)
+    records = records[blocks * rank // world * size : blocks * (rank + 1) // world * size]
+    ids = [record.id for record in records]
+    journal = Journal(output, _line(settings), ids, size, rank, world)
+    for start in range(journal.done, len(records), size):
+        part = records[start : start + size]
 
         def answered(count: int, start: int = start) -> None:
             if progress is not None:
@@ -95,7 +101,8 @@ def answer_records(
         answered(0)
         rows = _answer_block(searcher, part, data_root, scorer, selection, mix, answered)
         journal.append("".join(_line(row) for row in rows))
-    journal.finish()
+    if world == 1:
+        join_parts(output)
     if progress is not None:
         progress(len(records), len(records), output.stem)
 

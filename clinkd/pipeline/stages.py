@@ -15,15 +15,8 @@ from clinkd.evaluate.run import evaluate_run
 from clinkd.evaluate.text.jars import require_spice
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
-from clinkd.pipeline.steps import (
-    TrainTask,
-    answer,
-    load_model,
-    positions_of,
-    stage_records,
-    start_of,
-    train_stage,
-)
+from clinkd.pipeline.steps import asked_records, positions_of, start_of, uses_cache
+from clinkd.pipeline.tasks import AnswerTask, CacheTask, TrainTask, run_task
 from clinkd.progress import Update
 from clinkd.train.correction.correct import correct_records, write_round
 from clinkd.train.correction.similarity import make_similarity
@@ -75,7 +68,7 @@ def prepare(folder: RunFolder, progress: Update) -> str:
 
 def _build_demo_model(folder: RunFolder, records: Sequence[Record]) -> None:
     from clinkd.models.demo import build_model, build_processor
-    from clinkd.train.trainer import save_model
+    from clinkd.train.checkpoint import save_model
 
     config = folder.config.model
     texts = [turn.value for record in records for turn in record.conversations]
@@ -88,16 +81,13 @@ def _build_demo_model(folder: RunFolder, records: Sequence[Record]) -> None:
 def teacher(folder: RunFolder, progress: Update) -> str:
     """Fine-tune a copy of the start on the teacher's share of the training split."""
     start = folder.config.model.teacher or start_of(folder)
-    loss = train_stage(folder, TrainTask("teacher", start, str(folder.teacher)), progress)
-    return f"{len(stage_records(folder, 'teacher'))} records, loss {loss:.3f}"
+    return run_task(folder, TrainTask("teacher", start, str(folder.teacher)), progress)
 
 
 def pseudo_label(folder: RunFolder, progress: Update) -> str:
     """Let the teacher answer the training split, with its confidence in each answer."""
-    records = read_records(folder.data("train"))
-    model, processor = load_model(folder.config, str(folder.teacher))
     answers = folder.path / "pseudo" / "answers.jsonl"
-    answer(folder, model, processor, records, answers, progress)
+    run_task(folder, AnswerTask(str(folder.teacher), "train", str(answers)), progress)
     rows = list(read_jsonl(answers))
     for row in rows:
         row["confidence"] = _confidence(row)
@@ -116,8 +106,9 @@ def _confidence(row: dict[str, Any]) -> float:
 def distill(folder: RunFolder, progress: Update) -> str:
     """Train the student on the truth and on the teacher's distributions or answers."""
     output = str(folder.student("distilled"))
-    loss = train_stage(folder, TrainTask("distill", start_of(folder), output), progress)
-    return f"{len(stage_records(folder, 'distill'))} records, loss {loss:.3f}"
+    if uses_cache(folder.config):
+        run_task(folder, CacheTask(), progress)
+    return run_task(folder, TrainTask("distill", start_of(folder), output), progress)
 
 
 def correct(folder: RunFolder, progress: Update) -> str:
@@ -153,14 +144,12 @@ def _round(
 ) -> None:
     config: CorrectConfig = folder.config.correct
     place = folder.correction(round_)
-    records = read_records(folder.data("train"))
+    stage = f"correct-{round_}"
     if not (place / "data.jsonl").exists():
-        asked = limit_records(records, config.records_limit, folder.config.seed + round_)
-        model, processor = load_model(folder.config, start)
         answers = place / "answers.jsonl"
-        answer(folder, model, processor, asked, answers, progress)
+        run_task(folder, AnswerTask(start, stage, str(answers)), progress)
         corrections = correct_records(
-            asked,
+            asked_records(folder, stage),
             {row["id"]: row["response"] for row in read_jsonl(answers)},
             corrector=corrector,
             similarity=similarity,
@@ -169,9 +158,9 @@ def _round(
             policy=config.policy,
             progress=progress,
         )
-        write_round(place, records, corrections)
+        write_round(place, asked_records(folder, "train"), corrections)
     output = str(folder.student(f"round-{round_}"))
-    train_stage(folder, TrainTask(f"correct-{round_}", start, output), progress)
+    run_task(folder, TrainTask(stage, start, output), progress)
 
 
 def _count_corrections(folder: RunFolder, round_: int) -> int:
@@ -181,7 +170,6 @@ def _count_corrections(folder: RunFolder, round_: int) -> int:
 def generate_answers(folder: RunFolder, progress: Update) -> str:
     """Answer the test split with every model; CLIP chooses among the last one's beams."""
     config = folder.config.generate
-    records = read_records(folder.data("test"))
     earlier = {
         "base": start_of(folder),
         "teacher": str(folder.teacher),
@@ -190,26 +178,12 @@ def generate_answers(folder: RunFolder, progress: Update) -> str:
     for name, path in earlier.items():
         output = folder.path / "predictions" / f"{name}.jsonl"
         if not output.exists():
-            model, processor = load_model(folder.config, path)
-            answer(folder, model, processor, records, output, progress, beams=config.num_beams)
-    model, processor = load_model(folder.config, str(folder.final_student))
-    scorer = None
-    if config.selection in ("clip", "mixed", "oracle"):
-        name = f"local-dir:{folder.scorer}" if config.scorer == DEMO else config.scorer
-        scorer = generate.ClipScorer.load(name, model.device)
-    answer(
-        folder,
-        model,
-        processor,
-        records,
-        folder.path / "predictions.jsonl",
-        progress,
-        beams=config.num_beams,
-        samples=config.num_samples,
-        scorer=scorer,
-        selection=config.selection,
-    )
-    return f"{len(records)} questions, beams {config.num_beams}, selection {config.selection!r}"
+            task = AnswerTask(path, "test", str(output), config.num_beams)
+            run_task(folder, task, progress)
+    output = folder.path / "predictions.jsonl"
+    last = AnswerTask(str(folder.final_student), "test", str(output), config.num_beams, final=True)
+    answers = run_task(folder, last, progress)
+    return f"{answers}, beams {config.num_beams}, selection {config.selection!r}"
 
 
 def evaluate_answers(folder: RunFolder, progress: Update) -> str:

@@ -1,31 +1,23 @@
-"""What several stages do: load a model, train it, let it answer, ask the teacher."""
+"""What several stages need: a model, its processor, records, the teacher's cache."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AutoProcessor, PreTrainedModel
 
-from clinkd import generate, models
+from clinkd import models
 from clinkd.config import DEMO, RunConfig
-from clinkd.data.collate import AnswerDataset
 from clinkd.data.files import read_jsonl
 from clinkd.data.records import Record, Turn, read_records
-from clinkd.data.select import held_out_places
+from clinkd.data.select import limit_records
 from clinkd.data.teacher_cache import TeacherCache
-from clinkd.generate.select import Selection
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root
-from clinkd.pipeline.workers import process_count, train_in_processes
-from clinkd.progress import Update
 from clinkd.rotary import PositionConfig
-from clinkd.train.adapter import add_adapter, quantisation
-from clinkd.train.job import Job
-from clinkd.train.log import MetricsLog
-from clinkd.train.teachers import cache_spec, fill_cache
-from clinkd.train.trainer import train
+from clinkd.train.adapter import quantisation
+from clinkd.train.teachers import cache_spec
 
 
 def start_of(folder: RunFolder) -> str:
@@ -65,65 +57,6 @@ def load_model(
     return model, load_processor(config, path)
 
 
-@dataclass(frozen=True)
-class TrainTask:
-    """One training stage of a run, as another process can be told of it.
-
-    Attributes:
-        stage: teacher, distill or correct-k.
-        start: name or folder of the model to begin with.
-        output: folder of the finished one.
-    """
-
-    stage: str
-    start: str
-    output: str
-
-
-def train_stage(folder: RunFolder, task: TrainTask, progress: Update) -> float:
-    """Train in this process, or in those that `parallel` asks for; the last loss."""
-    config = folder.config
-    if task.stage == "distill" and uses_cache(config):
-        processor = load_processor(config, task.start)
-        open_cache(folder, stage_records(folder, task.stage), processor, progress)
-    if process_count(config) > 1 or config.parallel.strategy != "ddp":
-        return train_in_processes(folder.path, task, config, progress)
-    return train_here(folder, task, progress)
-
-
-def train_here(folder: RunFolder, task: TrainTask, progress: Update) -> float:
-    """This process's part of the training."""
-    config = folder.config
-    settings = getattr(config, task.stage.split("-")[0])
-    records = stage_records(folder, task.stage)
-    model, processor = load_model(config, task.start, training=True)
-    if config.model.freeze_vision:
-        model.model.visual.requires_grad_(False)
-    model = add_adapter(model, config.model.adapter, config.seed)
-    told: PreTrainedModel | TeacherCache | None = None
-    if task.stage == "distill" and config.distill.pseudo_labels != "hard":
-        if uses_cache(config):
-            told = open_cache(folder, records, processor)
-        else:
-            told = load_model(config, str(folder.teacher))[0]
-    job = Job(
-        stage=task.stage,
-        output=Path(task.output),
-        log=MetricsLog(folder.path / "metrics.jsonl"),
-        records=records,
-        data_root=data_root(config.data),
-        seed=config.seed,
-        progress=progress,
-        bfloat16=config.model.dtype == "bfloat16",
-        strategy=config.parallel.strategy,
-        offload=config.parallel.offload,
-        held_out=held_out_places(records, settings.held_out, config.seed),
-        tensorboard=folder.path / "tensorboard",
-        wandb=config.log.wandb,
-    )
-    return train(job, model, processor, settings, told)
-
-
 def uses_cache(config: RunConfig) -> bool:
     """Whether distillation reads the teacher from files."""
     settings = config.distill
@@ -154,45 +87,18 @@ def _hard_labels(folder: RunFolder, records: Sequence[Record], least: float) -> 
     return out
 
 
-def answer(
-    folder: RunFolder,
-    model: PreTrainedModel,
-    processor: Any,
-    records: Sequence[Record],
-    output: Path,
-    progress: Update,
-    beams: int = 1,
-    samples: int = 1,
-    scorer: Any = None,
-    selection: Selection = "beam",
-) -> None:
-    """Write a model's answers to records, as prediction rows in the records' order."""
-    config = folder.config.generate
-    generate.answer_records(
-        model.eval(),
-        processor,
-        records,
-        data_root(folder.config.data),
-        output,
-        beams=beams,
-        samples=samples,
-        max_new_tokens=config.max_new_tokens,
-        length_penalty=config.length_penalty,
-        batch_size=config.batch_size,
-        scorer=scorer,
-        selection=selection,
-        mix=config.mix,
-        progress=progress,
-    )
+def asked_records(folder: RunFolder, name: str) -> list[Record]:
+    """What a model answers: `train`, `test`, or `correct-k`: those that round k asks."""
+    if name in ("train", "test"):
+        return read_records(folder.data(name))
+    config = folder.config
+    round_ = int(name.split("-")[1])
+    records = read_records(folder.data("train"))
+    return limit_records(records, config.correct.records_limit, config.seed + round_)
 
 
-def open_cache(
-    folder: RunFolder, records: Sequence[Record], processor: Any, fill: Update | None = None
-) -> TeacherCache:
-    """The run's teacher cache for its settings.
-
-    Args:
-        fill: let the teacher write what is missing, and tell this of it.
+def open_cache(folder: RunFolder, records: Sequence[Record], processor: Any) -> TeacherCache:
+    """The run's teacher cache for its settings, whole or not.
 
     Raises:
         DataError: what is there was made from something else.
@@ -201,9 +107,4 @@ def open_cache(
     root = data_root(config.data)
     spec = cache_spec(config.distill, config.model, records, root, processor, folder.teacher)
     name = f"top-{spec.width}-at-{spec.temperature:g}" if spec.kind == "top-k" else "hidden"
-    cache = TeacherCache(folder.path / "teacher-cache" / name, spec)
-    if fill is not None and not cache.whole():
-        model, _ = load_model(config, str(folder.teacher))
-        dataset = AnswerDataset(records, root, processor, config.distill.max_length)
-        fill_cache(cache, model, dataset, config.distill.batch_size, fill)
-    return cache
+    return TeacherCache(folder.path / "teacher-cache" / name, spec)

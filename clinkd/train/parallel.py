@@ -1,17 +1,13 @@
 """Several training processes: DeepSpeed's settings, and words that all ranks agree on."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from clinkd.errors import SetupError
-
-_PACKAGE = Path(__file__).parent.parent
-# beside the package in the source tree, inside it in a wheel
-_FOLDERS = (_PACKAGE / "configs" / "deepspeed", _PACKAGE.parent / "configs" / "deepspeed")
+from clinkd.recipes import FOLDERS
 
 
 def deepspeed_config(strategy: str, offload: bool) -> dict[str, Any] | None:
@@ -22,8 +18,8 @@ def deepspeed_config(strategy: str, offload: bool) -> dict[str, Any] | None:
     """
     if strategy == "ddp":
         return None
-    for folder in _FOLDERS:
-        path = folder / f"{strategy}.json"
+    for folder in FOLDERS:
+        path = folder / "deepspeed" / f"{strategy}.json"
         if path.is_file():
             config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if offload:

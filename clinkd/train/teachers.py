@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ class LiveTeacher:
     """A frozen model that sees each batch."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        model: Any = self.model.to(inputs["input_ids"].device)
+        model = self.model
         kept = {name: value for name, value in inputs.items() if name != "labels"}
         hidden = model.model(**kept, use_cache=False).last_hidden_state
         rows = answer_rows(inputs["labels"])
@@ -110,7 +110,7 @@ def cache_spec(
             "image_sizes": f"{model.min_pixels} to {model.max_pixels} pixels",
             "positions": json.dumps(model.positions.model_dump(mode="json")),
             "max_length": str(settings.max_length),
-            "teacher": _hash(sha256_file(path) for path in weights),
+            "teacher": _hash(_file_hash(path, path.stat().st_mtime_ns) for path in weights),
         },
         dtype="float16" if top_k else dtype,
         temperature=settings.temperature if top_k else 1.0,
@@ -123,6 +123,12 @@ def _content(records: Sequence[Record], data_root: Path) -> Iterator[str]:
         turns = [(turn.role, turn.value) for turn in record.conversations]
         sizes = [resolve_image(data_root, name).stat().st_size for name in record.images]
         yield json.dumps([record.id, turns, record.images, sizes])
+
+
+@lru_cache
+def _file_hash(path: Path, changed: int) -> str:
+    """Gigabytes that a stage asks for more than once."""
+    return sha256_file(path)
 
 
 def _hash(parts: Any) -> str:
@@ -138,14 +144,22 @@ def fill_cache(
     dataset: AnswerDataset,
     batch_size: int,
     progress: Callable[[int, int, str], None] | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
-    """Write the shards that are missing; what is whole stays."""
+    """Write the shards that are missing; what is whole stays.
+
+    Args:
+        rank: of `world` processes, each of which writes every `world`-th shard.
+    """
     live = LiveTeacher(teacher)
     spec = cache.spec
-    if spec.kind == "hidden" and not cache.has_head():
+    if spec.kind == "hidden" and rank == 0 and not cache.has_head():
         cache.write_head(teacher.lm_head.weight)
     pad = partial(collate, pad_token_id=dataset.processor.tokenizer.pad_token_id)
-    for shard in cache.missing():
+    shards = [shard for shard in cache.missing() if shard % world == rank]
+    done, total = 0, sum(len(cache.shard_range(shard)) for shard in shards)
+    for shard in shards:
         places = list(cache.shard_range(shard))
         rows: list[dict[str, Tensor]] = []
         labels: list[Tensor] = []
@@ -154,9 +168,9 @@ def fill_cache(
             rows.append(_encode(live(_to(pad(items), teacher.device)), spec))
             labels += [_answers(item) for item in items]
             if progress is not None:
-                done = places[min(start + batch_size, len(places)) - 1] + 1
-                progress(done, spec.records, "teacher cache")
+                progress(done + min(start + batch_size, len(places)), total, "teacher cache")
         cache.write(shard, {name: torch.cat([r[name] for r in rows]) for name in rows[0]}, labels)
+        done += len(places)
 
 
 def _encode(found: dict[str, Tensor], spec: CacheSpec) -> dict[str, Tensor]:

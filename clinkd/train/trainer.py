@@ -1,4 +1,4 @@
-"""transformers' Trainer with the distillation loss, exact resumption and whole checkpoints."""
+"""transformers' Trainer with the distillation loss, exact resumption."""
 
 import math
 import os
@@ -10,24 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from safetensors.torch import load_model as load_weights
-from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from clinkd.config import DistillConfig, TrainConfig
 from clinkd.data.collate import AnswerDataset, collate
 from clinkd.data.teacher_cache import TeacherCache
 from clinkd.errors import Preempted, SetupError
-from clinkd.train.adapter import merged, trained_state
+from clinkd.train.adapter import merged
+from clinkd.train.checkpoint import CheckpointTrainer, save_model, whole_state
 from clinkd.train.job import Job
 from clinkd.train.loss import answer_forward
 from clinkd.train.parallel import deepspeed_config, is_first, world_size
@@ -98,48 +90,13 @@ def train(
     if callback.preempted:
         step = trainer.state.global_step
         raise Preempted(f"stage {job.stage}: stopped by a signal at step {step}, all saved")
-    state = _whole_state(trainer, model) if job.strategy == "zero3" else None
+    state = whole_state(trainer, model) if job.strategy == "zero3" else None
     if is_first():
         plain = merged(model, model.config._name_or_path)
         save_model(job.output, plain, processor, state)
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return callback.last_loss
-
-
-def save_model(
-    folder: Path, model: PreTrainedModel, processor: Any, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write a Hugging Face model folder; `config.json`, which loading starts from, comes last.
-
-    Args:
-        state: the weights, where the model itself holds a part of them.
-    """
-    staging = folder / ".staging"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        model.save_pretrained(staging, state_dict=state)
-        processor.save_pretrained(staging)
-        files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
-        for path in files:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        for path in files:
-            os.replace(path, folder / path.name)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise SetupError(f"{folder}: the model cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _whole_state(trainer: Any, model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights of which each rank holds a part; all ranks must ask. Tied ones under one name."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    own = {name for name, _ in model.named_parameters()}
-    own |= {name for name, _ in model.named_buffers()}
-    # the ranks after the first get nothing
-    return {name: tensor for name, tensor in (state or {}).items() if name in own}
 
 
 def _arguments(
@@ -207,7 +164,7 @@ class Numbered(torch.utils.data.Dataset[dict[str, Tensor]]):
         return item | {"places": torch.tensor([place])}
 
 
-class AnswerTrainer(Trainer):
+class AnswerTrainer(CheckpointTrainer):
     """Loss on answer tokens, divided once by their number over the whole optimiser step."""
 
     def __init__(
@@ -228,7 +185,6 @@ class AnswerTrainer(Trainer):
         self._places: list[Tensor] = []  # of the records in them
         self.watch: Watch | None = None
         self.logged_step = 0
-        self._staging: str | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         dataset = self.train_dataset
@@ -243,6 +199,11 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
+        if model.training and num_items_in_batch is None:
+            raise RuntimeError(
+                "the Trainer gave no token count of the optimiser step: this version of "
+                "transformers would divide the loss batch by batch"
+            )
         places = inputs.pop("places")
         told = None if self.teacher is None else self.teacher(inputs)
         loss = model(**inputs, teacher=told, kd=self.kd, num_items=num_items_in_batch)
@@ -277,75 +238,6 @@ class AnswerTrainer(Trainer):
             self._parts.clear()
             self._places.clear()
         super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Weights of a checkpoint, under the model's own names.
-
-        `save_pretrained` writes the hub's older names, which the Trainer's resumption does not
-        know: it would go on from the weights that the run had started with, with a warning alone.
-        """
-        if state_dict is not None:  # gathered by DeepSpeed, which restores from files of its own
-            super()._save(output_dir, state_dict)
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        adapters = trained_state(self.model)
-        if adapters is not None:
-            save_file(adapters, str(folder / "adapter.safetensors"))
-        else:
-            save_weights(self.model, str(folder / "model.safetensors"))
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        folder = Path(resume_from_checkpoint)
-        if (folder / "adapter.safetensors").exists():
-            self.model.load_state_dict(load_file(folder / "adapter.safetensors"), strict=False)
-        else:
-            load_weights(self.model, str(folder / "model.safetensors"))
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write into a folder that no resumption looks at, then rename: whole or absent."""
-        root = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self._staging = str(root / ".staging")
-        try:
-            if self.args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                shutil.rmtree(root / name, ignore_errors=True)
-                _sync_files(Path(self._staging))
-                os.replace(Path(self._staging) / name, root / name)
-                _prune(root, self.args.save_total_limit, self.state.best_model_checkpoint)
-        except (OSError, SafetensorError, RuntimeError) as error:  # of three libraries
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise SetupError(
-                f"{root / name}: the checkpoint cannot be written ({reason}); "
-                "free some space and start again, the one before it is whole"
-            ) from error
-        finally:
-            self._staging = None
-
-
-def _sync_files(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-
-
-def _prune(root: Path, keep: int, best: str | None) -> None:
-    """Keep the last checkpoints, and the best one where a held-out loss says which it is."""
-    steps = sorted(int(path.name.rsplit("-", 1)[1]) for path in root.glob("checkpoint-*"))
-    for step in steps[:-keep]:
-        if best is None or Path(best).name != f"checkpoint-{step}":
-            shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)
 
 
 def _require_logger(job: Job) -> None:

@@ -25,7 +25,7 @@ from clinkd.errors import ConfigError, DataError
 from clinkd.generate import BeamSearcher, answer_records, stream
 from clinkd.generate.journal import Journal
 from clinkd.models.demo import build_model, build_processor
-from clinkd.train.trainer import save_model
+from clinkd.train.checkpoint import save_model
 
 QUESTIONS = ("Where is the liver?", "What is this?", "Describe the whole image, please.")
 

@@ -58,7 +58,7 @@ def die_at(event, diary):
     """Die at the so-many-th event of a try, and write down which kind it was."""
     import torch
 
-    from clinkd.train import trainer
+    from clinkd.train import checkpoint, trainer
 
     seen = {"event": 0, "batch": 0, "step": 0}
 
@@ -92,15 +92,15 @@ def die_at(event, diary):
     real_loss = trainer.AnswerTrainer.compute_loss
     trainer.AnswerTrainer.compute_loss = compute_loss
     after(torch, "save", "save", spoil=True)
-    after(trainer, "save_weights", "save", spoil=True)
-    after(trainer, "_prune", "after a save")
+    after(checkpoint, "save_weights", "save", spoil=True)
+    after(checkpoint, "_prune", "after a save")
     real_replace = os.replace
 
     def replace(source, target):
         happens("before a rename")
         real_replace(source, target)
 
-    trainer.os.replace = replace
+    checkpoint.os.replace = replace
 
 
 def fork(work):
@@ -186,7 +186,7 @@ def test_twenty_kills_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [1000, 60_000, 200_000])
+@pytest.mark.parametrize("limit", [1000, 60_000, 200_000, 600_000])
 def test_a_full_disk_is_named_and_the_checkpoint_before_stays(tmp_path, limit):
     """Weights, optimiser states and settings are written by three libraries, with their errors."""
     done = run("fill_disk", tmp_path, FILE_LIMIT=str(limit))

@@ -15,11 +15,12 @@ from clinkd.models import apply
 from clinkd.models.demo import build_model, build_processor
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.rotary import PositionConfig
+from clinkd.train.checkpoint import save_model
 from clinkd.train.job import Job
 from clinkd.train.log import MetricsLog
 from clinkd.train.loss import answer_forward
 from clinkd.train.teachers import CachedRows, CachedTeacher, LiveTeacher, cache_spec, fill_cache
-from clinkd.train.trainer import save_model, train
+from clinkd.train.trainer import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 SIZE = DemoModelConfig(layers=1, width=64, vision_layers=1, vision_width=32, vocabulary=500)

@@ -15,7 +15,7 @@ from clinkd.models import apply
 from clinkd.models.demo import build_model, build_processor
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.rotary import PositionConfig
-from clinkd.train import trainer
+from clinkd.train import checkpoint
 from clinkd.train.job import Job
 from clinkd.train.log import MetricsLog
 from clinkd.train.loss import answer_forward
@@ -117,7 +117,7 @@ def test_killed_during_a_save(tmp_path, records, processor, whole, monkeypatch):
 
     student, teacher = make_model(processor), make_model(processor, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.os, "replace", replace)
+        patch.setattr(checkpoint.os, "replace", replace)
         with pytest.raises(Killed):
             train(make_job(tmp_path, records), student, processor, SETTINGS, teacher)
     assert calls
@@ -146,14 +146,14 @@ def test_signal_saves_and_stops(tmp_path, records, processor, whole, number):
 
 @pytest.mark.slow
 def test_full_disk_keeps_the_old_checkpoint(tmp_path, records, processor, monkeypatch):
-    real = trainer._sync_files
+    real = checkpoint._sync_files
 
     def full(folder):
         if (folder / "checkpoint-4").exists():
             raise OSError(28, "No space left on device")
         real(folder)
 
-    monkeypatch.setattr(trainer, "_sync_files", full)
+    monkeypatch.setattr(checkpoint, "_sync_files", full)
     student, teacher = make_model(processor), make_model(processor, 1)
     with pytest.raises(SetupError, match=r"No space left.*the one before it is whole"):
         train(make_job(tmp_path, records), student, processor, SETTINGS, teacher)
