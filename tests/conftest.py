@@ -1,6 +1,9 @@
 """What all tests share."""
 
 import os
+import socket
+
+import pytest
 
 # before anything imports triton, which transformers does: its own library is decorated at import
 if "TRITON_INTERPRET" not in os.environ:
@@ -8,3 +11,11 @@ if "TRITON_INTERPRET" not in os.environ:
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def free_port():
+    """A TCP port that nobody listens on."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]

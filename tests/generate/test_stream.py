@@ -22,7 +22,7 @@ from clinkd.data.images import load_image
 from clinkd.data.prompt import encode_prompt
 from clinkd.data.records import Record, Turn, write_records
 from clinkd.errors import ConfigError, DataError
-from clinkd.generate import BeamSearcher, answer_records, stream
+from clinkd.generate import BeamSearcher, answer_records, join_parts, stream
 from clinkd.generate.journal import Journal
 from clinkd.models.demo import build_model, build_processor
 from clinkd.train.checkpoint import save_model
@@ -96,6 +96,20 @@ SETTINGS = dict(beams=2, samples=2, max_new_tokens=5, batch_size=2)
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_write_the_same_file(demo, processor, data, world):
+    root, records = data  # 11: two blocks
+    answer_records(demo, processor, records, root, root / "one.jsonl", **SETTINGS)
+    output = root / "parts.jsonl"
+    for rank in reversed(range(world)):
+        part = dict(rank=rank, world=world)
+        answer_records(demo, processor, records, root, output, **SETTINGS, **part)
+        assert not output.exists()
+    join_parts(output, world)
+    assert output.read_bytes() == (root / "one.jsonl").read_bytes()
+    assert not list(root.glob(".*journal*"))
 
 
 def test_lines_in_order_with_every_candidate(demo, processor, data):

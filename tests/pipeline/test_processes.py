@@ -1,4 +1,4 @@
-"""Two training processes against one: DDP, and DeepSpeed's three ways to cut the model."""
+"""Two processes, of one machine or of two, against one: DDP, DeepSpeed's three ways to cut."""
 
 import json
 import os
@@ -18,19 +18,19 @@ model:
   positions: {preset: paper}
   max_pixels: 3136
   demo: {layers: 1, width: 64, vision_layers: 1, vision_width: 32, vocabulary: 500}
-teacher: {epochs: 4, learning_rate: 2.0e-3, save_steps: 7, log_steps: 1, batch_size: 2}
+teacher: {epochs: 4, learning_rate: 2.0e-3, save_steps: 7, log_steps: 1, batch_size: 1}
 distill:
-  {epochs: 1, learning_rate: 2.0e-3, log_steps: 1, batch_size: 2, temperature: 2.0,
+  {epochs: 1, learning_rate: 2.0e-3, log_steps: 1, batch_size: 1, temperature: 2.0,
    teacher_cache: hidden}
 generate: {max_new_tokens: 4, scorer_steps: 1}
 """
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def start(config, run, *arguments):
+def start(config, run, *arguments, **environment):
     command = [sys.executable, "-m", "clinkd", "run", str(config), f"output={run}", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+    pipe, all_of_it = subprocess.PIPE, ENVIRONMENT | environment
+    return subprocess.Popen(command, env=all_of_it, stdout=pipe, stderr=pipe, text=True)
 
 
 def finish(process):
@@ -38,8 +38,13 @@ def finish(process):
     return process.returncode, out, err
 
 
-def two(strategy):
-    return ("--update", "parallel.processes=2", f"parallel.strategy={strategy}")
+def accumulate(batches):
+    return [f"{stage}.gradient_accumulation={batches}" for stage in ("teacher", "distill")]
+
+
+def two(strategy, processes=2):
+    parallel = (f"parallel.processes={processes}", f"parallel.strategy={strategy}")
+    return ("--update", *parallel, *accumulate(2))
 
 
 def losses(run, stage):
@@ -49,15 +54,14 @@ def losses(run, stage):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """A run of one process that collects the gradients of two micro-batches."""
+    """A run of one process that collects the gradients of four micro-batches."""
     folder = tmp_path_factory.mktemp("processes")
     config = folder / "small.yaml"
     config.write_text(CONFIG)
-    both = ("teacher.gradient_accumulation=2", "distill.gradient_accumulation=2")
-    code, _, err = finish(start(config, folder / "one", *both, "--to", "prepare"))
+    code, _, err = finish(start(config, folder / "one", *accumulate(4), "--to", "prepare"))
     assert code == 0, err
     shutil.copytree(folder / "one", folder / "prepared")
-    code, _, err = finish(start(config, folder / "one", *both, "--to", "distill"))
+    code, _, err = finish(start(config, folder / "one", *accumulate(4), "--to", "distill"))
     assert code == 0, err
     assert len(losses(folder / "one", "teacher")) == 20
     return config, folder
@@ -78,7 +82,7 @@ def test_twenty_steps_are_those_of_one_process(one, strategy):
     config, folder = one
     run = folder / strategy
     shutil.copytree(folder / "prepared", run)
-    last = "distill" if strategy in ("ddp", "zero3") else "teacher"
+    last = "distill" if strategy == "zero3" else "teacher"
     code, _, err = finish(start(config, run, *two(strategy), "--to", last))
     assert code == 0, err
     compare(run, folder / "one", "teacher", "teacher")
@@ -86,6 +90,46 @@ def test_twenty_steps_are_those_of_one_process(one, strategy):
     if last == "distill":
         compare(run, folder / "one", "distill", "student/distilled")
     assert list((run / "tensorboard").rglob("events.*"))
+
+
+def machines(config, runs, port, *arguments):
+    """The same command on two machines, each with its path of the run folder."""
+    where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(config, run, *arguments, NODE_RANK=str(rank), **where)
+        for rank, run in enumerate(runs)
+    ]
+
+
+def test_two_machines_train_answer_and_fill_the_cache(one, tmp_path, free_port):
+    config, folder = one
+    run = tmp_path / "run"
+    shutil.copytree(folder / "prepared", run)
+    arguments = (*two("ddp", processes=1), "--to", "distill")
+    for process in machines(config, [run, run], free_port, *arguments):
+        code, _, err = finish(process)
+        assert code == 0, err
+    compare(run, folder / "one", "teacher", "teacher")
+    compare(run, folder / "one", "distill", "student/distilled")
+    for name in ("pseudo/labels.jsonl", "data/train.jsonl"):
+        a, b = (
+            [json.loads(line)["id"] for line in (root / name).read_text().splitlines()]
+            for root in (run, folder / "one")
+        )
+        assert a == b
+    assert not list(run.rglob(".*journal*"))
+
+
+def test_a_machine_with_another_run_folder_stops_all(one, tmp_path, free_port):
+    config, folder = one
+    run = tmp_path / "run"
+    shutil.copytree(folder / "prepared", run)
+    shutil.copytree(folder / "prepared", tmp_path / "other")
+    arguments = (*two("ddp", processes=1), "--to", "teacher")
+    for process in machines(config, [run, tmp_path / "other"], free_port, *arguments):
+        code, _, err = finish(process)
+        assert code == 3, err
+        assert "must lie on a file system that all machines share" in err
 
 
 def test_a_signal_stops_both_and_they_go_on(one, tmp_path):
