@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
+
+from clinkd.errors import ConfigError
 
 # Qwen2-VL's own, in its order (151643 … 151656 there)
 SPECIAL_TOKENS = (
@@ -63,3 +66,20 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def require_same_tokens(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
+    """Make sure that two tokenizers number their common tokens alike; one may have some more.
+
+    Raises:
+        ConfigError: they do not, so that there is no distribution to distil; the first difference.
+    """
+    first, second = student.get_vocab(), teacher.get_vocab()
+    words = {number: word for word, number in first.items()}
+    for word, number in sorted(second.items(), key=lambda item: item[1]):
+        if number in words and words[number] != word:
+            raise ConfigError(
+                f"the teacher ({teacher_name}) and the student ({student_name}) have different "
+                f"tokens: {number} is {word!r} for one and {words[number]!r} for the other; "
+                "take two models of one family"
+            )

@@ -232,7 +232,7 @@ class BeamSearcher:
             )
             start[slots[row]] = length + (0.0 if deltas is None else float(deltas[row]))
         rows = torch.arange(len(inputs), device=hidden.device)
-        logits: Tensor = self.model.lm_head(hidden[rows, ends - 1])  # [n, V]
+        logits = self._logits(hidden[rows, ends - 1])  # [n, V]
         return logits[:, None].repeat(1, self.rules.hypotheses, 1)
 
     def _step(self, cache: PrefixCache, parents: Tensor, tokens: Tensor, start: Tensor) -> Tensor:
@@ -256,7 +256,12 @@ class BeamSearcher:
             ).last_hidden_state
         finally:
             core.language_model.config._attn_implementation = before
-        logits: Tensor = self.model.lm_head(hidden[:, -1]).reshape(count, hypotheses, -1)
+        return self._logits(hidden[:, -1]).reshape(count, hypotheses, -1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.lm_head(hidden)
+        if self.processor is not None:  # rows that pad the head to a round size are no tokens
+            logits[..., len(self.processor.tokenizer) :] = -torch.inf
         return logits
 
     def _candidates(self, hypotheses: Hypotheses, slot: int) -> list[Candidate]:

@@ -40,6 +40,14 @@ def check_head(name: str, hidden: Tensor, weight: Tensor) -> None:
         )
 
 
+def check_vocab_size(size: int | None, weight: Tensor) -> None:
+    """Rows of a head [V, C] that stand for tokens."""
+    if size is not None and not 1 <= size <= weight.shape[0]:
+        raise ValueError(
+            f"vocab_size must be in 1 … {weight.shape[0]}, the rows of student_weight, got {size}"
+        )
+
+
 def check_rows(
     student: Tensor,
     teacher: Tensor | None,

@@ -19,7 +19,7 @@ class LinearKDTriton(torch.autograd.Function):
 
     Takes student hidden [N, Cs], weight [Vs, Cs], bias [Vs] or None; the teacher's three; labels
     [N]; each row's weight [N] or None; its number for errors [N]; kd_weight, temperature,
-    reverse, softcap.
+    reverse, softcap; rows of the student's head that count, or None for all.
 
     Gives the loss, and CE and KD [2] which have no gradient, float32.
     """
@@ -40,14 +40,16 @@ class LinearKDTriton(torch.autograd.Function):
         temperature: float,
         reverse: bool,
         softcap: float | None,
+        vocab_size: int | None,
     ) -> tuple[Tensor, Tensor]:
         rows = student_hidden.shape[0]
+        head = student_weight[:vocab_size]
         parts = student_hidden.new_zeros(2, dtype=torch.float32)
         merged = student_hidden.new_empty(7, rows, dtype=torch.float32)
         if rows > 0:
             kernels = importlib.import_module("clinkd.kernels.linear_kd_loss")
             found = kernels.statistics(
-                (_rows(student_hidden), _rows(student_weight), student_bias),
+                (_rows(student_hidden), _rows(head), student_bias),
                 (_rows(teacher_hidden), _rows(teacher_weight), teacher_bias),
                 labels,
                 temperature,
@@ -56,10 +58,10 @@ class LinearKDTriton(torch.autograd.Function):
                 BANDS,
             )
             merged, ce, kd = _merge(found, temperature, reverse)
-            right = _in_vocabulary(labels, student_weight)
+            right = _in_vocabulary(labels, head)
             ce = torch.where(right, ce, torch.nan)
             if checking():
-                rule = f"labels must be in 0 … {len(student_weight) - 1}, the student's vocabulary"
+                rule = f"labels must be in 0 … {len(head) - 1}, the student's vocabulary"
                 raise_first(rule, ~right, numbers)
                 rule = "logits of both models must have no NaN and a finite maximum"
                 raise_first(rule, ~(ce.isfinite() & ~kd.isnan()), numbers)
@@ -70,23 +72,24 @@ class LinearKDTriton(torch.autograd.Function):
             student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight,
             teacher_bias, labels, weight, merged,
         )  # fmt: skip
-        ctx.settings = (kd_weight, temperature, reverse, softcap)
+        ctx.settings = (kd_weight, temperature, reverse, softcap, vocab_size)
         ctx.mark_non_differentiable(parts)
         return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        student, head, bias, teacher, teacher_head, teacher_bias, labels, weight, merged = (
+        student, whole, bias, teacher, teacher_head, teacher_bias, labels, weight, merged = (
             ctx.saved_tensors
         )
-        kd_weight, temperature, reverse, softcap = ctx.settings
+        kd_weight, temperature, reverse, softcap, vocab_size = ctx.settings
+        head = whole[:vocab_size]
         needs = ctx.needs_input_grad[:3]
         rows, V = student.shape[0], head.shape[0]
         sums = torch.zeros(student.shape, dtype=torch.float32, device=student.device)
         grads = [
             sums if needs[0] else None,
-            torch.zeros_like(head) if needs[1] else None,
+            torch.zeros_like(whole) if needs[1] else None,
             torch.zeros_like(bias) if needs[2] and bias is not None else None,
         ]
         if rows > 0:
@@ -112,7 +115,7 @@ class LinearKDTriton(torch.autograd.Function):
                 if grads[2] is not None:
                     grads[2][band] = grad.sum(dim=0, dtype=torch.float32).to(bias.dtype)
         first = sums.to(student.dtype) if needs[0] else None
-        return (first, grads[1], grads[2], *[None] * 10)
+        return (first, grads[1], grads[2], *[None] * 11)
 
 
 def _in_vocabulary(labels: Tensor, weight: Tensor) -> Tensor:

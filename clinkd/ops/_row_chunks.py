@@ -29,6 +29,7 @@ def chunk_rows(workspace: int | str, *weights: Tensor) -> int:
 class RowChunks(torch.autograd.Function):
     """Gradients are made in the forward pass, chunk by chunk, and scaled in the backward pass.
 
+    Rows of the head from `vocab_size` on take no part: their gradient is zero.
     Gives the loss, which has the gradient, and the sums of CE and KD [2].
     """
 
@@ -42,6 +43,7 @@ class RowChunks(torch.autograd.Function):
         kd_weight: float,
         chunk_rows: int,
         group: dist.ProcessGroup | None,
+        vocab_size: int | None,
     ) -> tuple[Tensor, Tensor]:
         needs = ctx.needs_input_grad[:3]
         compute = torch.promote_types(hidden.dtype, torch.float32)
@@ -50,6 +52,9 @@ class RowChunks(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=compute) if need and tensor is not None else None
             for tensor, need in zip(inputs, needs, strict=True)
         ]
+        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+        of_hidden = grads[0]
+        of_weight, of_bias = (None if g is None else g[:vocab_size] for g in grads[1:])
         parts = hidden.new_zeros(2, dtype=compute)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
@@ -57,17 +62,17 @@ class RowChunks(torch.autograd.Function):
             parts += found
             if grad is None:
                 continue
-            if grads[0] is not None:
-                grads[0][rows] = grad @ weight
-            if grads[1] is not None:
+            if of_hidden is not None:
+                of_hidden[rows] = grad @ weight
+            if of_weight is not None:
                 if grad.dtype == compute:
-                    grads[1].addmm_(grad.T, hidden[rows])
+                    of_weight.addmm_(grad.T, hidden[rows])
                 else:
-                    grads[1] += grad.T @ hidden[rows]
-            if grads[2] is not None:
-                grads[2] += grad.sum(dim=0, dtype=compute)
-        if group is not None and grads[0] is not None:
-            dist.all_reduce(grads[0], group=group)  # each rank has its columns' share
+                    of_weight += grad.T @ hidden[rows]
+            if of_bias is not None:
+                of_bias += grad.sum(dim=0, dtype=compute)
+        if group is not None and of_hidden is not None:
+            dist.all_reduce(of_hidden, group=group)  # each rank has its columns' share
         ctx.save_for_backward(
             *(
                 grad.to(tensor.dtype)
@@ -86,4 +91,4 @@ class RowChunks(torch.autograd.Function):
         for present in ctx.present:
             grad = next(saved) if present else None
             grads.append(None if grad is None else grad * grad_loss.to(grad.dtype))
-        return (*grads, *([None] * 4))
+        return (*grads, *([None] * 5))

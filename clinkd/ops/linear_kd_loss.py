@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clinkd.ops._checks import check_head, check_labels, check_options, check_rows
+from clinkd.ops._checks import check_head, check_labels, check_options, check_rows, check_vocab_size
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
 from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
 from clinkd.ops._linear_kd_triton import DIVERGENCES as ONE_WALK
@@ -38,6 +38,7 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,
     workspace: int | str = "auto",
     process_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
     impl: str = "auto",
 ) -> KDLoss:
     """`kd_loss` of `hidden @ weight.T + bias`, in row chunks; ignored rows are dropped first.
@@ -55,6 +56,9 @@ def linear_kd_loss(
             tile, twice, for forward_kl and reverse_kl.
         process_group: as for `kd_loss`; rank r gives rows `r * V … (r + 1) * V - 1` of both heads,
             all of them the same hidden states, whose gradient is summed over the ranks.
+        vocab_size: rows of the student's head that stand for tokens; the rest, which pads the head
+            to a round size, takes no part and gets a zero gradient. Of a teacher give
+            `teacher_weight[:size]`. Default: all.
         impl: of the row kernel between the matrix products, as for `kd_loss`.
 
     The other arguments are those of `kd_loss`.
@@ -71,6 +75,7 @@ def linear_kd_loss(
             f"teacher_hidden must have N = {rows} rows, got shape {tuple(teacher_hidden.shape)}"
         )
     check_labels(labels, rows)
+    check_vocab_size(vocab_size, student_weight)
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
     count = default_num_items(labels, ignore_index) if num_items is None else num_items
     kept = (labels != ignore_index).nonzero().squeeze(1)
@@ -83,14 +88,16 @@ def linear_kd_loss(
     if workspace == 0:
         _require_no_storage(divergence, process_group, device, dtype)
         numbers = (labels, weight, kept, kd_weight, temperature, divergence == "reverse_kl")
-        loss, parts = LinearKDTriton.apply(*student, *teacher, *numbers, softcap)
+        loss, parts = LinearKDTriton.apply(*student, *teacher, *numbers, softcap, vocab_size)
     else:
         wide = torch.promote_types(dtype, teacher_hidden.dtype)
         impl = resolve_impl(impl, IMPLS, native_impl(device), why_not, device, wide)
         if process_group is not None:
             require_kernels(impl)
+            if vocab_size is not None:
+                raise ValueError("vocab_size cannot be given with a process_group: cut the heads")
         kind = (temperature, divergence, beta, skew, ignore_index, softcap, impl)
-        rows = chunk_rows(workspace, student_weight, teacher_weight)
+        rows = chunk_rows(workspace, student_weight[:vocab_size], teacher_weight)
         factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight
 
         def score(part: slice, logits: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -103,7 +110,7 @@ def linear_kd_loss(
                 needs_grad,
             )  # fmt: skip
 
-        loss, parts = RowChunks.apply(*student, score, kd_weight, rows, process_group)
+        loss, parts = RowChunks.apply(*student, score, kd_weight, rows, process_group, vocab_size)
     parts = parts.detach() / count
     return KDLoss(loss / count, parts[0], parts[1])
 

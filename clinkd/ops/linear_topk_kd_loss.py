@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops import _topk_kd_native as native
-from clinkd.ops._checks import check_head, check_labels, check_options, check_rows
+from clinkd.ops._checks import check_head, check_labels, check_options, check_rows, check_vocab_size
 from clinkd.ops._impl import native_impl, resolve_impl
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
 from clinkd.ops.kd_loss import IMPLS, KDLoss, default_num_items, why_not
@@ -34,6 +34,7 @@ def linear_topk_kd_loss(
     softcap: float | None = None,
     student_bias: Tensor | None = None,
     workspace: int | str = "auto",
+    vocab_size: int | None = None,
     impl: str = "auto",
 ) -> KDLoss:
     """`topk_kd_loss` of `hidden @ weight.T + bias`, in row chunks; ignored rows are dropped first.
@@ -44,6 +45,7 @@ def linear_topk_kd_loss(
         student_bias: [Vs].
         workspace: bytes that the logits of a chunk may take, or "auto", as for `linear_kd_loss`;
             above 0.
+        vocab_size: as for `linear_kd_loss`.
 
     The other arguments are those of `topk_kd_loss`.
 
@@ -52,6 +54,7 @@ def linear_topk_kd_loss(
         RuntimeError: an explicit `impl` that cannot run here.
     """
     check_head("student", student_hidden, student_weight)
+    check_vocab_size(vocab_size, student_weight)
     check_labels(labels, student_hidden.shape[0])
     check_top(teacher_logits, teacher_ids, teacher_lse, labels.shape[0])
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
@@ -64,7 +67,7 @@ def linear_topk_kd_loss(
     kept = (labels != ignore_index).nonzero().squeeze(1)
     labels = labels[kept]
     factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight[kept]
-    columns = student_weight.shape[0]
+    columns = student_weight[:vocab_size].shape[0]
     top = ascending(
         teacher_logits.detach()[kept], teacher_ids[kept], teacher_lse.detach()[kept], columns
     )
@@ -103,9 +106,9 @@ def linear_topk_kd_loss(
         native.gradient_in_place(grads, logits, ids, labels[rows], statistics, *options)
         return sums, logits
 
-    rows = chunk_rows(workspace, student_weight)
+    rows = chunk_rows(workspace, student_weight[:vocab_size])
     loss, parts = RowChunks.apply(
-        student_hidden[kept], student_weight, student_bias, score, kd_weight, rows, None
+        student_hidden[kept], student_weight, student_bias, score, kd_weight, rows, None, vocab_size
     )
     parts = parts.detach() / count
     return KDLoss(loss / count, parts[0], parts[1])

@@ -11,6 +11,7 @@ from clinkd.data.checks import require_sound
 from clinkd.data.files import read_jsonl, write_jsonl
 from clinkd.data.records import Record, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
+from clinkd.data.tokenizer import require_same_tokens
 from clinkd.evaluate.run import evaluate_run
 from clinkd.evaluate.text.jars import require_spice
 from clinkd.pipeline.folder import RunFolder
@@ -36,6 +37,11 @@ def prepare(folder: RunFolder, progress: Update) -> str:
         read_records(records_file(name, split))
         for name, split in ((config.data.train, "train"), (config.data.test, "test"))
     )
+    if config.model.teacher is not None and DEMO not in (
+        config.model.teacher,
+        config.model.student,
+    ):
+        _require_same_tokens(config.model.teacher, config.model.student)
     train_records = limit_records(train_records, config.data.train_limit, config.seed)
     test_records = limit_records(test_records, config.data.test_limit, config.seed)
     require_sound(train_records, test_records, root)
@@ -64,6 +70,13 @@ def prepare(folder: RunFolder, progress: Update) -> str:
         f"{len(train_records)} training and {len(test_records)} test records, "
         f"{len(teacher_records)} for the teacher"
     )
+
+
+def _require_same_tokens(teacher: str, student: str) -> None:
+    from transformers import AutoTokenizer
+
+    ours, theirs = (AutoTokenizer.from_pretrained(name) for name in (student, teacher))
+    require_same_tokens(ours, theirs, student, teacher)
 
 
 def _build_demo_model(folder: RunFolder, records: Sequence[Record]) -> None:

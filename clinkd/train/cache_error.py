@@ -39,14 +39,15 @@ def cache_error(
         "temperature": settings.temperature,
         "divergence": settings.divergence,
     }
-    live, cached = LiveTeacher(teacher), CachedTeacher(rows.cache)
-    pad = partial(collate, pad_token_id=rows.dataset.processor.tokenizer.pad_token_id)
+    tokenizer = rows.dataset.processor.tokenizer
+    live, cached = LiveTeacher(teacher, len(tokenizer)), CachedTeacher(rows.cache)
+    pad = partial(collate, pad_token_id=tokenizer.pad_token_id)
     exact, kept, masses = [], [], []
     gradient = difference = 0.0
     for place in drawn:
         batch = {name: t.to(student.device) for name, t in pad([rows[place]]).items()}
         said, truth = cached(batch), live(batch)
-        z, targets = _student_logits(student, batch)
+        z, targets = _student_logits(student, batch, len(tokenizer))
         kd, grad = _with_gradient(z, targets, truth, options)
         kd_kept, grad_kept = _with_gradient(z, targets, said, options)
         exact.append(kd)
@@ -72,13 +73,15 @@ def cache_error(
 
 
 @torch.no_grad()
-def _student_logits(student: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _student_logits(
+    student: Any, batch: dict[str, Tensor], vocabulary: int
+) -> tuple[Tensor, Tensor]:
     """Logits [n, V] and labels [n] of the answer tokens."""
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     rows = answer_rows(labels)
     hidden = student.model(**inputs, use_cache=False).last_hidden_state
-    logits = student.lm_head(hidden[:, :-1].flatten(0, 1)[rows])
+    logits = student.lm_head(hidden[:, :-1].flatten(0, 1)[rows])[:, :vocabulary]
     return logits.float(), labels[:, 1:].flatten()[rows]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -17,13 +18,16 @@ from clinkd.train.teachers import answer_rows
 
 
 @contextmanager
-def answer_forward(model: PreTrainedModel) -> Iterator[None]:
+def answer_forward(model: PreTrainedModel, vocabulary: int) -> Iterator[None]:
     """While open, `model(**batch)` returns a `KDLoss`; no logits outside answers are computed.
 
     The forward itself is replaced, not called around: data-parallel and ZeRO wrappers reduce and
     gather by hooks on it.
+
+    Args:
+        vocabulary: tokens; rows of the head from there on, which pad it, take no part.
     """
-    model.forward = MethodType(_forward, model)
+    model.forward = MethodType(partial(_forward, vocabulary=vocabulary), model)
     try:
         yield
     finally:
@@ -37,6 +41,7 @@ def _forward(
     teacher: dict[str, Tensor] | None = None,
     kd: DistillConfig | None = None,
     num_items: Tensor | int | None = None,
+    vocabulary: int,
     **inputs: Any,
 ) -> KDLoss:
     """Loss of one batch.
@@ -46,6 +51,7 @@ def _forward(
         teacher: what it says at the answer tokens, see `clinkd.train.teachers.Teacher`.
         kd: weight, temperature and divergence; None: cross-entropy alone.
         num_items: answer tokens of the whole optimiser step, over all processes.
+        vocabulary: as for `answer_forward`.
     """
     model = inner_model(model)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state
@@ -56,12 +62,13 @@ def _forward(
     if num_items is None:
         num_items = max(1, len(targets))
     if kd is None or teacher is None:
-        return _cross_entropy(hidden, weight, targets, num_items)
+        return _cross_entropy(hidden, weight, targets, num_items, vocabulary)
     options: dict[str, Any] = {
         "kd_weight": kd.kd_weight,
         "temperature": kd.temperature,
         "divergence": kd.divergence,
         "num_items": num_items,
+        "vocab_size": min(vocabulary, len(weight)),
     }
     if "hidden" in teacher:
         whole = (teacher["hidden"], teacher["weight"])
@@ -71,8 +78,8 @@ def _forward(
 
 
 def _cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, num_items: Tensor | int
+    hidden: Tensor, weight: Tensor, targets: Tensor, num_items: Tensor | int, vocabulary: int
 ) -> KDLoss:
-    logits = F.linear(hidden, weight).float()
+    logits = F.linear(hidden, weight)[:, :vocabulary].float()
     loss = F.cross_entropy(logits, targets, reduction="sum") / num_items
     return KDLoss(loss=loss, ce=loss, kd=torch.zeros_like(loss))

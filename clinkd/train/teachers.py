@@ -30,9 +30,14 @@ def answer_rows(labels: Tensor) -> Tensor:
 
 
 class LiveTeacher:
-    """A frozen model that sees each batch."""
+    """A frozen model that sees each batch.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        vocabulary: tokens; rows of the head from there on pad it to a round size.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
         self.model: Any = model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -41,7 +46,8 @@ class LiveTeacher:
         kept = {name: value for name, value in inputs.items() if name != "labels"}
         hidden = model.model(**kept, use_cache=False).last_hidden_state
         rows = answer_rows(inputs["labels"])
-        return {"hidden": hidden[:, :-1].flatten(0, 1)[rows], "weight": model.lm_head.weight}
+        weight = model.lm_head.weight[: self.vocabulary]
+        return {"hidden": hidden[:, :-1].flatten(0, 1)[rows], "weight": weight}
 
 
 class CachedTeacher:
@@ -152,11 +158,12 @@ def fill_cache(
     Args:
         rank: of `world` processes, each of which writes every `world`-th shard.
     """
-    live = LiveTeacher(teacher)
+    tokenizer = dataset.processor.tokenizer
+    live = LiveTeacher(teacher, len(tokenizer))
     spec = cache.spec
     if spec.kind == "hidden" and rank == 0 and not cache.has_head():
-        cache.write_head(teacher.lm_head.weight)
-    pad = partial(collate, pad_token_id=dataset.processor.tokenizer.pad_token_id)
+        cache.write_head(teacher.lm_head.weight[: len(tokenizer)])
+    pad = partial(collate, pad_token_id=tokenizer.pad_token_id)
     shards = [shard for shard in cache.missing() if shard % world == rank]
     done, total = 0, sum(len(cache.shard_range(shard)) for shard in shards)
     for shard in shards:

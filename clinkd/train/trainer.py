@@ -53,11 +53,12 @@ def train(
     """
     _require_logger(job)
     dataset: Any = AnswerDataset(job.records, job.data_root, processor, settings.max_length)
+    vocabulary = len(processor.tokenizer)
     told: Teacher | None = None
     if isinstance(teacher, TeacherCache):
         dataset, told = CachedRows(dataset, teacher), CachedTeacher(teacher)
     elif teacher is not None:
-        told = LiveTeacher(teacher)
+        told = LiveTeacher(teacher, vocabulary)
     held = set(job.held_out)
     learned = Numbered(dataset, [i for i in range(len(dataset)) if i not in held])
     checkpoints = job.output / "checkpoints"
@@ -85,7 +86,7 @@ def train(
     if is_first():
         job.log.forget(job.stage, after_step=done if last else -1)
     trainer.watch, trainer.logged_step = callback, done
-    with callback.signals(), answer_forward(model):
+    with callback.signals(), answer_forward(model, vocabulary):
         trainer.train(resume_from_checkpoint=last)
     if callback.preempted:
         step = trainer.state.global_step

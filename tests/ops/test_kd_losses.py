@@ -97,6 +97,25 @@ def test_linear_equals_logits(divergence, workspace):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("workspace", [5_000, "auto"])
+def test_rows_that_pad_the_heads_take_no_part(workspace):
+    hidden, weight, teacher, head, labels = make()
+    labels %= 90
+    arguments = (hidden, weight, teacher, head[:95], labels)
+    padded = linear_kd_loss(*arguments, vocab_size=90, workspace=workspace)
+    expected = linear_kd_loss(hidden, weight[:90], teacher, head[:95], labels)
+    for found, wanted in zip(padded, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    found = torch.autograd.grad(padded.loss, (hidden, weight))
+    wanted = torch.autograd.grad(expected.loss, (hidden, weight))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    assert found[1].shape == weight.shape
+    assert not found[1][90:].any()
+    with pytest.raises(ValueError, match=r"vocab_size must be in 1 … 101.*got 102"):
+        linear_kd_loss(*arguments, vocab_size=102)
+
+
 @settings(deadline=None, max_examples=30)
 @given(cut=st.integers(0, 37), seed=st.integers(0, 9), weighted=st.booleans())
 def test_any_split_and_order_gives_the_same(cut, seed, weighted):

@@ -29,11 +29,13 @@ def make(N, student, teacher, bias, dtype=torch.float32, size=0.3):
     return side(*student), side(*teacher), labels, torch.rand(N, generator=g).to(DEVICE)
 
 
-def run(student, teacher, labels, weight, kd_weight, temperature, reverse, softcap):
+def run(
+    student, teacher, labels, weight, kd_weight, temperature, reverse, softcap, vocab_size=None
+):
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in student]
     loss, parts = LinearKDTriton.apply(
         *leaves, *teacher, labels, weight, torch.arange(len(labels)), kd_weight, temperature,
-        reverse, softcap,
+        reverse, softcap, vocab_size,
     )  # fmt: skip
     (loss * 1.7).backward()
     return loss.detach(), parts, *(t.grad for t in leaves if t is not None)
@@ -106,6 +108,17 @@ def test_extreme_logits():
         for a, e, p in zip(found, exact, plain, strict=True):
             # a float32 logit of 1e4 is itself uncertain by 1e-3
             assert (a - e).abs().max() <= max(2 * (p - e).abs().max(), 1e-4 * e.abs().max())
+
+
+def test_padded_rows_take_no_part():
+    student, teacher, labels, weight = make(9, (77, 16), (60, 16), True)
+    labels %= 50
+    found = run(student, teacher, labels, weight, 0.5, 2.0, False, None, vocab_size=50)
+    hidden, head, bias = student
+    expected = run((hidden, head[:50], bias[:50]), teacher, labels, weight, 0.5, 2.0, False, None)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a[: len(b)] if b.dim() else a, b)
+        assert not (b.dim() and a[len(b) :].any())
 
 
 def test_no_rows():

@@ -187,6 +187,19 @@ def test_linear_equals_logits(divergence, impl, workspace):
         assert (a - e).abs().max() <= 1e-5 * e.abs().max()
 
 
+@pytest.mark.parametrize("impl", ["reference", DEVICE])
+def test_rows_that_pad_the_head_take_no_part(impl):
+    hidden, weight, *top, labels = linear()
+    labels %= 80
+    weight.requires_grad_()
+    found = linear_topk_kd_loss(hidden, weight, *top, labels, impl=impl, vocab_size=80)
+    expected = linear_topk_kd_loss(hidden, weight[:80], *top, labels, impl=impl)
+    torch.testing.assert_close(found.loss, expected.loss)
+    grads = [torch.autograd.grad(each.loss, weight)[0] for each in (found, expected)]
+    torch.testing.assert_close(*grads)
+    assert not grads[0][80:].any()
+
+
 @settings(deadline=None, max_examples=15)
 @given(cut=st.integers(0, 23), seed=st.integers(0, 9))
 def test_any_split_and_order_gives_the_same(cut, seed):

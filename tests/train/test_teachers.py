@@ -74,11 +74,14 @@ def loss_of(records, processor, teacher, cache, chosen):
     dataset = AnswerDataset(records, SAMPLE_FOLDER, processor, 2048)
     rows = CachedRows(dataset, cache)
     found = []
-    for told, source in ((LiveTeacher(teacher[0]), dataset), (CachedTeacher(cache), rows)):
+    for told, source in (
+        (LiveTeacher(teacher[0], len(processor.tokenizer)), dataset),
+        (CachedTeacher(cache), rows),
+    ):
         student = make_model(processor, 2)
         batch = collate([source[i] for i in (7, 2, 11)], processor.tokenizer.pad_token_id)
         said = told(batch)
-        with answer_forward(student):
+        with answer_forward(student, len(processor.tokenizer)):
             out = student(**batch, teacher=said, kd=chosen)
         out.loss.backward()
         found.append((out.loss.detach(), out.kd, student.lm_head.weight.grad))

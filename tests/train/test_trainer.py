@@ -201,7 +201,7 @@ def test_forward_equals_transformers_own_loss(records, processor):
     dataset = AnswerDataset(records, SAMPLE_FOLDER, processor, 512)
     batch = collate([dataset[i] for i in range(5)], processor.tokenizer.pad_token_id)
     expected = model(**batch).loss
-    with answer_forward(model):
+    with answer_forward(model, len(processor.tokenizer)):
         found = model(**batch)
     torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-6)
     assert hasattr(model(**batch), "logits")  # and the model is itself again
