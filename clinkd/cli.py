@@ -15,6 +15,7 @@ from clinkd.commands.cache import app as cache_app
 from clinkd.commands.data import app as data_app
 from clinkd.commands.evaluate import compare, metrics_app
 from clinkd.commands.llava_med import llava_med
+from clinkd.commands.plan import plan
 from clinkd.errors import ClinkdError, ConfigError
 
 app = typer.Typer(
@@ -185,6 +186,7 @@ def doctor() -> None:
         typer.echo(line)
 
 
+app.command()(plan)
 app.command()(ask)
 app.command()(compare)
 app.command()(ablate)

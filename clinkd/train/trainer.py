@@ -116,7 +116,8 @@ def _arguments(
         warmup_steps=int(settings.warmup_ratio * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch",
+        # on a GPU the plain one makes a temporary copy of all weights
+        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
         bf16=job.bfloat16 and torch.cuda.is_available(),
         save_strategy="steps",
         save_steps=settings.save_steps,
