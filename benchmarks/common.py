@@ -69,6 +69,28 @@ def time_in_turn(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def peak_mib(step: Step, device: torch.device) -> float:
+    """Most memory that a step adds. On the CPU: what torch's allocator was asked for at a time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    held = peak = 0
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return round(peak / 2**20, 1)
+
+
 def save(rows: list[dict[str, Any]], folder: Path, name: str, x: str, label: str) -> None:
     """Write NAME.jsonl, and NAME.png: milliseconds over column `x`, one panel an op."""
     import matplotlib

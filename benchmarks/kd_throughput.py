@@ -23,7 +23,7 @@ from torch import Tensor
 from clinkd.ops import kd_loss, linear_kd_loss
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a file
-from benchmarks.common import Step, arguments, machine, save, time_in_turn, wall_clock
+from benchmarks.common import Step, arguments, machine, peak_mib, save, time_in_turn, wall_clock
 
 VOCABULARY = 151_936
 
@@ -41,28 +41,6 @@ def eager(z: Tensor, t: Tensor, labels: Tensor, temperature: float) -> Tensor:
     ).sum(-1)
     kd = temperature**2 * (rows * counts).sum() / counts.sum()
     return (ce + 0.5 * kd) / 1.5
-
-
-def peak_mib(step: Step, device: torch.device) -> float:
-    """Most memory that a step adds. On the CPU: what torch's allocator was asked for at a time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    held = peak = 0
-    for event in sorted(
-        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
-        key=lambda e: e.start_ns(),
-    ):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return round(peak / 2**20, 1)
 
 
 def check(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
