@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,6 +61,8 @@ def train_clip(
     Raises:
         ValueError: fewer than two different pairs.
     """
+    import open_clip  # a second that every stage would pay
+
     texts = {r.id: strip_boxes(r.answer) for r in records}
     usable = [r for r in records if len(r.images) == 1 and texts[r.id]]
     if len({texts[r.id] for r in usable}) < 2:
@@ -116,7 +117,7 @@ def _batches(
         yield batch
 
 
-def _save(model: open_clip.CLIP, folder: Path) -> None:
+def _save(model: torch.nn.Module, folder: Path) -> None:
     """The layout that open_clip reads from hubs and folders; the config, looked for, comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] = {k: v.contiguous() for k, v in model.state_dict().items()}

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
@@ -114,6 +113,8 @@ def mean_over_images(
 
 class _OpenClip:
     def __init__(self, name: str, pretrained: str | None, device: str | torch.device) -> None:
+        import open_clip  # a second that only this scorer costs
+
         try:
             model, _, preprocess = open_clip.create_model_and_transforms(
                 name, pretrained=pretrained, device=device

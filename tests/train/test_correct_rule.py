@@ -107,5 +107,5 @@ def test_never_says_what_the_truth_does_not(answer, truth):
     assert boxes == [(b.convention, b.corners) for b in stated_boxes(truth)]
     assert numbers(result) <= numbers(truth)
     assert contradiction(result, truth) is None
-    names = re.findall(r"colon|femur", result)
-    assert sorted(set(names)) == sorted(set(re.findall(r"colon|femur", truth)))
+    # a name may have become the first word of a sentence
+    assert set(re.findall("colon|femur", result.lower())) == set(re.findall("colon|femur", truth))
