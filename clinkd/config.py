@@ -61,7 +61,7 @@ class AdapterConfig(Section):
     """Low-rank adapters instead of all weights (peft); needs clinkd[lora]."""
 
     kind: Literal["none", "lora", "qlora"] = Field(
-        "none", description="qlora: the frozen weights in 4 bits; needs a GPU and bitsandbytes"
+        "none", description="qlora: the frozen weights in 4 bits; needs clinkd[qlora]"
     )
     rank: PositiveInt = 16
     alpha: PositiveInt = Field(32, description="the adapter's product counts alpha / rank")
@@ -83,6 +83,17 @@ class ParallelConfig(Section):
         "gradients too, weights too",
     )  # fmt: skip
     offload: bool = Field(False, description="optimiser states in host memory (zero1 to zero3)")
+    teacher: Literal["auto", "whole", "sharded", "offloaded"] = Field(
+        "auto", description="weights of a teacher that is asked live: whole in every process, cut "
+        "over them, or cut and in host memory; auto: cut with zero3, else whole",
+    )  # fmt: skip
+
+    @property
+    def teacher_place(self) -> str:
+        """Where a live teacher's weights are: whole, sharded or offloaded."""
+        if self.teacher != "auto":
+            return self.teacher
+        return "sharded" if self.strategy == "zero3" else "whole"
 
     @model_validator(mode="after")
     def _offload_fits(self) -> "ParallelConfig":
@@ -120,6 +131,11 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     max_length: PositiveInt = Field(2048, description="tokens; a longer record is an error")
+    packing: bool = Field(
+        False,
+        description="records end to end in rows of at most max_length tokens, instead of similar "
+        "ones side by side; batch_size counts such rows",
+    )
     gradient_checkpointing: bool = False
     held_out: float = Field(
         0.0, ge=0, lt=0.5, description="share of the stage's groups kept back to watch the loss on"
@@ -212,13 +228,7 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
-    def _teacher_fits(self) -> "RunConfig":
-        live = self.distill.teacher_cache == "none" and self.distill.pseudo_labels != "hard"
-        if self.parallel.strategy == "zero3" and live:
-            raise ValueError(
-                "parallel.strategy zero3 needs distill.teacher_cache hidden or top-k: a whole "
-                "teacher in every process would undo what zero3 saves"
-            )
+    def _adapter_fits(self) -> "RunConfig":
         if self.parallel.strategy != "ddp" and self.model.adapter.kind != "none":
             raise ValueError(
                 "model.adapter needs parallel.strategy ddp: its optimiser states are too few to cut"

@@ -96,9 +96,7 @@ def _notes(found: dict[str, Any]) -> list[str]:
         + ", ".join(f"{name} {count / 1e9:,.2f} GB" for name, count in disk.items()),
     ]
     if "zero3" not in found["strategies"]:
-        lines.append(
-            "zero3 needs distill.teacher_cache hidden or top-k, and no model.adapter: left out"
-        )
+        lines.append("zero1 to zero3 need model.adapter.kind none: left out")
     if money["calls"]:
         lines.append(
             f"correction, at most: {money['calls']:,} calls, {money['sent']:,} tokens sent, "

@@ -1,15 +1,16 @@
 """Records become batches: tokens, labels on the answers only, image patches."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clinkd.data.images import load_image
-from clinkd.data.prompt import messages
+from clinkd.data.images import image_size, load_image
+from clinkd.data.prompt import IMAGE_PLACEHOLDER, messages
 from clinkd.data.records import Record
 from clinkd.errors import DataError
 
@@ -34,6 +35,7 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.max_length = max_length
         self._images: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
         self._image_bytes = 0
+        self._tokens = lru_cache(maxsize=65536)(self._tokens_of)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -41,15 +43,32 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         record = self.records[index]
         images = self._encode_images(record)
-        input_ids, labels = self._encode_text(record, images)
-        if len(input_ids) > self.max_length:
-            raise DataError(
-                f"record {record.id!r} has {len(input_ids)} tokens, over max_length "
-                f"{self.max_length}: raise max_length or lower model.max_pixels"
-            )
+        merge = self.processor.image_processor.merge_size**2
+        grids = images.get("image_grid_thw", ())
+        input_ids, labels = self._encode_text(record, [int(g.prod()) // merge for g in grids])
         token_types = (input_ids == self.processor.image_token_id).to(torch.int32)
         item = {"input_ids": input_ids, "labels": labels, "mm_token_type_ids": token_types}
         return item | images
+
+    def length(self, index: int) -> int:
+        """Tokens of a record; its images are not decoded.
+
+        Raises:
+            DataError: as for the record itself.
+        """
+        record = self.records[index]
+        return len(self._encode_text(record, self.image_tokens(record))[0])
+
+    def image_tokens(self, record: Record) -> list[int]:
+        """Merged patches of each image, by the record's `size` or the file's header."""
+        if len(record.images) == 1 and record.size is not None:
+            return [self._tokens(*record.size)]
+        return [self._tokens(*image_size(self.data_root, name)) for name in record.images]
+
+    def _tokens_of(self, width: int, height: int) -> int:
+        images = self.processor.image_processor
+        patches: int = images.get_number_of_image_patches(height, width, {})
+        return patches // int(images.merge_size) ** 2
 
     def _encode_images(self, record: Record) -> dict[str, Tensor]:
         if not record.images:
@@ -66,43 +85,63 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             self._image_bytes -= _bytes(self._images.popitem(last=False)[1])
         return encoded
 
-    def _encode_text(self, record: Record, images: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _encode_text(self, record: Record, patches: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Tokens and labels; each prompt is tokenised as generation does, up to the answer."""
+        self.require_plain(record)
         chat: list[dict[str, Any]] = []
         ids: list[int] = []
         labels: list[int] = []
         rendered = ""
-        grids = iter(images.get("image_grid_thw", ()))
+        left = iter(patches)
+        marked = any(IMAGE_PLACEHOLDER in turn.value for turn in record.conversations[::2])
         tokenizer = self.processor.tokenizer
         for index in range(0, len(record.conversations), 2):
             question, answer = record.conversations[index : index + 2]
-            first = index == 0
-            chat += messages(question.value, len(record.images) if first else 0)
-            prompt = self._render(chat, prompt=True)
+            images = question.value.count(IMAGE_PLACEHOLDER) if marked else len(patches)
+            chat += messages(question.value, images if marked or index == 0 else 0)
+            prompt = self.render(chat, prompt=True)
             chat.append({"role": "assistant", "content": [{"type": "text", "text": answer.value}]})
-            full = self._render(chat, prompt=False)
+            full = self.render(chat, prompt=False)
             prompt_ids = tokenizer(
-                self._expand(prompt.removeprefix(rendered), grids), add_special_tokens=False
+                self._expand(prompt.removeprefix(rendered), left), add_special_tokens=False
             ).input_ids
             answer_ids = tokenizer(full.removeprefix(prompt), add_special_tokens=False).input_ids
             ids += prompt_ids + answer_ids
             labels += [IGNORE_INDEX] * len(prompt_ids) + answer_ids
             rendered = full
+        if len(ids) > self.max_length:
+            raise DataError(
+                f"record {record.id!r} has {len(ids)} tokens, over max_length "
+                f"{self.max_length}: raise max_length or lower model.max_pixels"
+            )
         return torch.tensor(ids), torch.tensor(labels)
 
-    def _render(self, chat: list[dict[str, Any]], *, prompt: bool) -> str:
+    def require_plain(self, record: Record) -> None:
+        """Make sure that image tokens come from images alone.
+
+        Raises:
+            DataError: a text of the record holds them.
+        """
+        token = self.processor.image_token
+        if any(token in turn.value for turn in record.conversations):
+            raise DataError(
+                f"record {record.id!r}: its text holds {token!r}, which stands for the patches of "
+                f"an image; write {IMAGE_PLACEHOLDER}"
+            )
+
+    def render(self, chat: list[dict[str, Any]], *, prompt: bool) -> str:
+        """The chat as text; with `prompt`, up to where an answer starts."""
         text: str = self.processor.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=prompt
         )
         return text
 
-    def _expand(self, text: str, grids: Any) -> str:
+    def _expand(self, text: str, patches: Iterator[int]) -> str:
         """Repeat each image token as often as its image has merged patches."""
-        merge = self.processor.image_processor.merge_size**2
         parts = text.split(self.processor.image_token)
         out = parts[0]
         for part in parts[1:]:
-            out += self.processor.image_token * (int(next(grids).prod()) // merge) + part
+            out += self.processor.image_token * next(patches) + part
         return out
 
 
@@ -110,16 +149,38 @@ def _bytes(encoded: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in encoded.values())
 
 
-def collate(items: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad on the right and stack.
+def collate(
+    items: Sequence[dict[str, Tensor]] | Sequence[list[dict[str, Tensor]]], pad_token_id: int
+) -> dict[str, Tensor]:
+    """Pad records on the right and stack them, or lay packed rows end to end.
+
+    Args:
+        items: encoded records; or lists of them (`PackedRows`).
 
     Returns:
         `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` [B, S]; with images
         `pixel_values` [patches, features] and `image_grid_thw` [images, 3] of the whole batch;
         with a cached teacher `teacher_…` [answer tokens, …], in the order of the batch; `places`
-        [B] of the records, where items have theirs.
+        of the records, where items have theirs. Packed rows give B = 1, no padding, and
+        `segments` [1, S]: the number of each token's record.
     """
+    if items and isinstance(items[0], list):
+        return _end_to_end([item for row in items for item in row])  # type: ignore[misc]
+    return _padded(items, pad_token_id)  # type: ignore[arg-type]
 
+
+def _end_to_end(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    batch = {
+        name: torch.cat([item[name] for item in items])[None]
+        for name in ("input_ids", "mm_token_type_ids", "labels")
+    }
+    batch["segments"] = torch.repeat_interleave(lengths)[None]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    return batch | _joined(items)
+
+
+def _padded(items: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
     def pad(name: str, value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(
             [item[name] for item in items], batch_first=True, padding_value=value
@@ -133,9 +194,14 @@ def collate(items: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, 
     }
     length = batch["input_ids"].shape[1]
     batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+    return batch | _joined(items)
+
+
+def _joined(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What is of the whole batch, not of its rows."""
     others = [name for name in items[0] if name == "places" or name.startswith("teacher_")]
-    for name in ("pixel_values", "image_grid_thw", *others):
-        found = [item[name] for item in items if name in item]
-        if found:
-            batch[name] = torch.cat(found)
-    return batch
+    found = {
+        name: [item[name] for item in items if name in item]
+        for name in ("pixel_values", "image_grid_thw", *others)
+    }
+    return {name: torch.cat(tensors) for name, tensors in found.items() if tensors}

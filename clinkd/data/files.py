@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -77,6 +78,12 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def copy_file(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Copy a file atomically."""
+    with open(source, "rb") as original, atomic_write(path, "wb") as file:
+        shutil.copyfileobj(original, file, 1 << 20)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -99,7 +99,7 @@ def record_from_json(row: Any) -> Record:
         conversations=_turns(identity, row.get("conversations"), len(images)),
         boxes=_boxes(identity, row.get("boxes")),
         size=_size(identity, row.get("size")),
-        extra={key: value for key, value in row.items() if key not in _KNOWN},
+        extra={} if row.keys() <= _KNOWN else {k: v for k, v in row.items() if k not in _KNOWN},
     )
 
 
@@ -136,6 +136,8 @@ def _turns(identity: str, turns: Any, num_images: int) -> tuple[Turn, ...]:
         value = turn.get("value")
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{identity}: turn {index + 1} of 'conversations' has no text")
+        if role == "gpt" and IMAGE_PLACEHOLDER in value:
+            raise DataError(f"{identity}: turn {index + 1}, an answer, holds {IMAGE_PLACEHOLDER}")
         marks += value.count(IMAGE_PLACEHOLDER)
         out.append(Turn(role, value))
     if marks not in (0, num_images):

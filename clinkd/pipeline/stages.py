@@ -8,7 +8,7 @@ import torch
 from clinkd import generate, models, report
 from clinkd.config import DEMO, CorrectConfig
 from clinkd.data.checks import require_sound
-from clinkd.data.files import read_jsonl, write_jsonl
+from clinkd.data.files import copy_file, read_jsonl, write_jsonl
 from clinkd.data.records import Record, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
 from clinkd.data.tokenizer import require_same_tokens
@@ -46,12 +46,15 @@ def prepare(folder: RunFolder, progress: Update) -> str:
     test_records = limit_records(test_records, config.data.test_limit, config.seed)
     require_sound(train_records, test_records, root)
     teacher_records = teacher_subset(train_records, config.data.teacher_fraction, config.seed)
-    for split, records in (
-        ("train", train_records),
-        ("test", test_records),
-        ("teacher", teacher_records),
+    write_records(folder.data("teacher"), teacher_records)
+    for split, name, limit, records in (
+        ("train", config.data.train, config.data.train_limit, train_records),
+        ("test", config.data.test, config.data.test_limit, test_records),
     ):
-        write_records(folder.data(split), records)
+        if limit is None:  # ten times as fast as writing them anew
+            copy_file(records_file(name, split), folder.data(split))
+        else:
+            write_records(folder.data(split), records)
     if config.model.student == DEMO:
         _build_demo_model(folder, train_records)
     if config.generate.scorer == DEMO:

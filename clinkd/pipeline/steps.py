@@ -17,6 +17,7 @@ from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root
 from clinkd.rotary import PositionConfig
 from clinkd.train.adapter import quantisation
+from clinkd.train.sharded import cut_while_loading
 from clinkd.train.teachers import cache_spec
 
 
@@ -57,10 +58,25 @@ def load_model(
     return model, load_processor(config, path)
 
 
+def load_teacher(config: RunConfig, path: str) -> PreTrainedModel:
+    """A frozen teacher to be asked live: whole, or this process's share of it."""
+    place = config.parallel.teacher_place
+    if place == "whole":
+        return load_model(config, path)[0]
+    dtype = getattr(torch, config.model.dtype)
+    with cut_while_loading(dtype, offload=place == "offloaded"):
+        return models.load(path, positions=positions_of(config), dtype=dtype)
+
+
 def uses_cache(config: RunConfig) -> bool:
     """Whether distillation reads the teacher from files."""
     settings = config.distill
     return settings.teacher_cache != "none" and settings.pseudo_labels != "hard"
+
+
+def asks_live(config: RunConfig) -> bool:
+    """Whether distillation asks the teacher about each batch."""
+    return config.distill.pseudo_labels != "hard" and not uses_cache(config)
 
 
 def stage_records(folder: RunFolder, stage: str) -> list[Record]:

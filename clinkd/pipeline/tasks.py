@@ -15,8 +15,10 @@ from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root
 from clinkd.pipeline.steps import (
     asked_records,
+    asks_live,
     load_model,
     load_processor,
+    load_teacher,
     open_cache,
     stage_records,
     start_of,
@@ -77,8 +79,8 @@ def run_task(folder: RunFolder, task: Task, progress: Update) -> str:
     """Do a task in this process, or in all those that `parallel` asks for; one line on it."""
     config = folder.config
     count = process_count(config)
-    sharded = isinstance(task, TrainTask) and config.parallel.strategy != "ddp"
-    if count == 1 and not sharded:
+    cut = config.parallel.strategy != "ddp" or config.parallel.teacher_place != "whole"
+    if count == 1 and not (cut and isinstance(task, TrainTask)):
         return perform(folder, task, progress)
     summary = in_processes(folder.path, task, config, progress)
     if isinstance(task, AnswerTask):
@@ -104,11 +106,10 @@ def _train(folder: RunFolder, task: TrainTask, progress: Update) -> str:
         model.model.visual.requires_grad_(False)
     model = add_adapter(model, config.model.adapter, config.seed)
     told: PreTrainedModel | TeacherCache | None = None
-    if task.stage == "distill" and config.distill.pseudo_labels != "hard":
-        if uses_cache(config):
-            told = open_cache(folder, records, processor)
-        else:
-            told = load_model(config, str(folder.teacher))[0]
+    if task.stage == "distill" and uses_cache(config):
+        told = open_cache(folder, records, processor)
+    elif task.stage == "distill" and asks_live(config):
+        told = load_teacher(config, str(folder.teacher))
     job = Job(
         stage=task.stage,
         output=Path(task.output),

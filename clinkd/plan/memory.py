@@ -4,7 +4,7 @@ The formulas count what each layer of these architectures keeps for its backward
 tensor; `tests/plan` compares their sum with measured peaks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clinkd.config import DistillConfig, RunConfig, TrainConfig
@@ -65,6 +65,8 @@ def device_memory(
         kind: default: as on a GPU.
     """
     kind = kind or numbers(config)
+    if settings.packing:
+        records = _in_rows(records, settings.max_length)
     strategy, adapter = config.parallel.strategy, config.model.adapter
     stage = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}[strategy]
 
@@ -87,7 +89,7 @@ def device_memory(
     optimiser = 0 if config.parallel.offload else share(size.trained * states, 1)
     kept = activations(size, records, settings, config, kind)
     loss = loss_workspace(size, teacher, records, settings, kind, cuda)
-    whole = teacher.total * (2 if config.model.dtype == "bfloat16" else 4) if teacher else 0
+    told = _teacher(teacher, config, world) if teacher else 0
     # gradients come as activations go: with one micro-batch the two are never whole together
     if settings.gradient_accumulation == 1 and strategy == "ddp" and world == 1:
         head = size.head * kind.weight if not size.adapters else 0
@@ -102,8 +104,25 @@ def device_memory(
         "optimiser": optimiser,
         "activations": kept,
         "loss": loss,
-        "teacher": whole,
+        "teacher": told,
     }
+
+
+def _in_rows(records: RecordSize, limit: int) -> RecordSize:
+    """Full rows of the longest records, each row as one record."""
+    many = max(1, limit // records.length)
+    whole = {"answer": records.answer * many, "patches": records.patches * many}
+    return replace(records, length=limit, **whole)
+
+
+def _teacher(size: ModelSize, config: RunConfig, world: int) -> int:
+    """A live teacher: whole; or a share with what is gathered at a time; and its head whole."""
+    number = 2 if config.model.dtype == "bfloat16" else 4
+    place = config.parallel.teacher_place
+    if place == "whole":
+        return size.total * number
+    share = 0 if place == "offloaded" else size.total // world
+    return (share + min(size.total - size.words, LIVE) + size.head) * number
 
 
 def activations(

@@ -14,7 +14,7 @@ from clinkd.data.records import Record, read_records
 from clinkd.data.select import limit_records
 from clinkd.errors import SetupError
 from clinkd.pipeline.paths import data_root, records_file
-from clinkd.pipeline.steps import load_processor
+from clinkd.pipeline.steps import asks_live, load_processor
 from clinkd.plan.memory import device_memory
 from clinkd.plan.sizes import ModelSize, RecordSize, model_size, record_size
 from clinkd.train.correctors import Case
@@ -47,7 +47,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     places = random.Random(config.seed).sample(range(len(train)), min(MEASURED, len(train)))
     shape = record_size(dataset, places)
     stages = _stages(config, train)
-    live = config.distill.teacher_cache == "none" and config.distill.pseudo_labels != "hard"
+    live = asks_live(config)
 
     def memory(stage: str, config: RunConfig, world: int) -> dict[str, int]:
         trained = teacher if stage == "teacher" else student
@@ -60,7 +60,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "stages": {
             name: {
                 "records": count,
-                "steps": {world: _steps(count, settings, world) for world in GPUS},
+                "steps": {world: _steps(count, settings, world, shape) for world in GPUS},
                 "memory": {world: memory(name, config, world) for world in GPUS},
             }
             for name, (count, settings) in stages.items()
@@ -124,7 +124,9 @@ def _stages(config: RunConfig, train: Sequence[Record]) -> dict[str, tuple[int, 
     return found
 
 
-def _steps(records: int, settings: TrainConfig, world: int) -> int:
+def _steps(records: int, settings: TrainConfig, world: int, shape: RecordSize) -> int:
+    if settings.packing:  # rows, nearly full
+        records = math.ceil(records * shape.mean_length / settings.max_length)
     one = settings.batch_size * settings.gradient_accumulation * world
     return math.ceil(math.ceil(records / one) * settings.epochs)
 

@@ -17,21 +17,19 @@ def quantisation(config: AdapterConfig) -> dict[str, Any]:
     """What `from_pretrained` needs to load the frozen weights of `qlora`; else nothing.
 
     Raises:
-        SetupError: no GPU, or no bitsandbytes.
+        SetupError: bitsandbytes is not installed.
     """
     if config.kind != "qlora":
         return {}
-    if not torch.cuda.is_available():
-        raise SetupError("model.adapter.kind=qlora needs a GPU; 'lora' works without one")
     if find_spec("bitsandbytes") is None:
-        raise SetupError("model.adapter.kind=qlora needs bitsandbytes: pip install bitsandbytes")
+        raise SetupError("model.adapter.kind=qlora needs bitsandbytes: pip install clinkd[qlora]")
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     )
     return {"quantization_config": settings}
 

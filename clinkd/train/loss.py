@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 from clinkd.config import DistillConfig
 from clinkd.ops import KDLoss, linear_kd_loss, linear_topk_kd_loss
 from clinkd.train.adapter import inner_model
-from clinkd.train.teachers import answer_rows
+from clinkd.train.teachers import answer_rows, last_hidden
 
 
 @contextmanager
-def answer_forward(model: PreTrainedModel, vocabulary: int) -> Iterator[None]:
+def answer_forward(
+    model: PreTrainedModel, vocabulary: int, *, whole_tower: bool = False
+) -> Iterator[None]:
     """While open, `model(**batch)` returns a `KDLoss`; no logits outside answers are computed.
 
     The forward itself is replaced, not called around: data-parallel and ZeRO wrappers reduce and
@@ -26,8 +28,11 @@ def answer_forward(model: PreTrainedModel, vocabulary: int) -> Iterator[None]:
 
     Args:
         vocabulary: tokens; rows of the head from there on, which pad it, take no part.
+        whole_tower: as for `last_hidden`.
     """
-    model.forward = MethodType(partial(_forward, vocabulary=vocabulary), model)
+    model.forward = MethodType(
+        partial(_forward, vocabulary=vocabulary, whole_tower=whole_tower), model
+    )
     try:
         yield
     finally:
@@ -42,6 +47,7 @@ def _forward(
     kd: DistillConfig | None = None,
     num_items: Tensor | int | None = None,
     vocabulary: int,
+    whole_tower: bool,
     **inputs: Any,
 ) -> KDLoss:
     """Loss of one batch.
@@ -51,10 +57,10 @@ def _forward(
         teacher: what it says at the answer tokens, see `clinkd.train.teachers.Teacher`.
         kd: weight, temperature and divergence; None: cross-entropy alone.
         num_items: answer tokens of the whole optimiser step, over all processes.
-        vocabulary: as for `answer_forward`.
+        vocabulary, whole_tower: as for `answer_forward`.
     """
     model = inner_model(model)
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    hidden = last_hidden(model, inputs, whole_tower=whole_tower)
     rows = answer_rows(labels)
     hidden = hidden[:, :-1].flatten(0, 1)[rows]  # [n, C]
     targets = labels[:, 1:].flatten()[rows]  # [n]

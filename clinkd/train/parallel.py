@@ -1,6 +1,7 @@
 """Several training processes: DeepSpeed's settings, and words that all ranks agree on."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +19,23 @@ def deepspeed_config(strategy: str, offload: bool) -> dict[str, Any] | None:
     """
     if strategy == "ddp":
         return None
+    config: dict[str, Any] = json.loads(strategy_file(strategy).read_text(encoding="utf-8"))
+    if offload:
+        target = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config["zero_optimization"]["offload_optimizer"] = target
+    return config
+
+
+def strategy_file(strategy: str) -> Path:
+    """DeepSpeed's settings of a strategy.
+
+    Raises:
+        SetupError: the package came without its configs.
+    """
     for folder in FOLDERS:
         path = folder / "deepspeed" / f"{strategy}.json"
         if path.is_file():
-            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if offload:
-                target = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-                config["zero_optimization"]["offload_optimizer"] = target
-            return config
+            return path
     raise SetupError(f"configs/deepspeed/{strategy}.json is missing; install clinkd again")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from clinkd.data.files import sha256_file
 from clinkd.data.images import resolve_image
 from clinkd.data.records import Record
 from clinkd.data.teacher_cache import CacheSpec, TeacherCache, encode_top_k
+from clinkd.models import packed_position_ids
+from clinkd.train.sharded import engine_of, is_cut
 
 # A batch's inputs -> the teacher's part of the loss at its answer tokens, in the batch's order:
 # `hidden` [n, C] and `weight` [V, C], or `logits`, `ids` [n, K] and `lse` [n].
@@ -29,25 +32,77 @@ def answer_rows(labels: Tensor) -> Tensor:
     return (labels[:, 1:].flatten() != IGNORE_INDEX).nonzero().squeeze(1)
 
 
+def last_hidden(model: Any, inputs: dict[str, Tensor], *, whole_tower: bool = False) -> Tensor:
+    """Last hidden states [B, S, C] of a batch; records in a packed row do not see each other.
+
+    Args:
+        whole_tower: run the vision tower even if there is no image: where processes gather
+            parameters or reduce gradients together, each must take part in all of them.
+    """
+    inner, inputs = model.model, dict(inputs)
+    segments = inputs.pop("segments", None)
+    if segments is not None:
+        # transformers finds the borders in position ids that come without a mask
+        del inputs["attention_mask"]
+        grids = inputs.get("image_grid_thw")
+        inputs["position_ids"] = packed_position_ids(model, inputs["input_ids"], segments, grids)
+    with _blank_image(inner) if whole_tower and "pixel_values" not in inputs else nullcontext():
+        hidden: Tensor = inner(**inputs, use_cache=False).last_hidden_state
+    return hidden
+
+
+@contextmanager
+def _blank_image(inner: Any) -> Iterator[None]:
+    """While open, the words come with 0 times what the vision tower sees in a black patch.
+
+    After the words and before the layers, as where there is an image: DeepSpeed wants one order.
+    """
+    vision = inner.config.vision_config
+    merge, device = vision.spatial_merge_size, inner.visual.device
+    features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.zeros(merge**2, features, device=device, dtype=inner.visual.dtype)
+    grid = torch.tensor([[1, merge, merge]], device=device)
+
+    def add(_: Any, __: Any, words: Tensor) -> Tensor:
+        seen = inner.get_image_features(pixels, grid)
+        deep = getattr(seen, "deepstack_features", None) or []  # Qwen3-VL
+        return words + torch.stack([p.sum() for p in (*seen.pooler_output, *deep)]).sum() * 0.0
+
+    handle = inner.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class LiveTeacher:
     """A frozen model that sees each batch.
 
     Args:
+        model: whole, or loaded in `clinkd.train.sharded.cut_while_loading`; then all processes ask
+            it together.
         vocabulary: tokens; rows of the head from there on pad it to a round size.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
         self.vocabulary = vocabulary
         self.model: Any = model.eval().requires_grad_(False)
+        self.cut = is_cut(model)
+        if self.cut:
+            # DeepSpeed gathers and frees by hooks on the whole model's own forward
+            self.model.forward = self._say
+            self.model = engine_of(model)
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        model = self.model
-        kept = {name: value for name, value in inputs.items() if name != "labels"}
-        hidden = model.model(**kept, use_cache=False).last_hidden_state
-        rows = answer_rows(inputs["labels"])
+        said: dict[str, Tensor] = self.model(**inputs) if self.cut else self._say(**inputs)
+        return said
+
+    def _say(self, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+        model = self.model.module if self.cut else self.model
+        hidden = last_hidden(model, inputs, whole_tower=self.cut)
         weight = model.lm_head.weight[: self.vocabulary]
-        return {"hidden": hidden[:, :-1].flatten(0, 1)[rows], "weight": weight}
+        return {"hidden": hidden[:, :-1].flatten(0, 1)[answer_rows(labels)], "weight": weight}
 
 
 class CachedTeacher:

@@ -16,6 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from clinkd.config import DistillConfig, TrainConfig
 from clinkd.data.collate import AnswerDataset, collate
+from clinkd.data.lengths import require_fit
+from clinkd.data.packing import PackedRows, pack_rows
+from clinkd.data.records import Record
 from clinkd.data.teacher_cache import TeacherCache
 from clinkd.errors import Preempted, SetupError
 from clinkd.train.adapter import merged
@@ -52,15 +55,23 @@ def train(
         SetupError: no space left for a checkpoint; the last one is whole.
     """
     _require_logger(job)
-    dataset: Any = AnswerDataset(job.records, job.data_root, processor, settings.max_length)
+    encoded = AnswerDataset(job.records, job.data_root, processor, settings.max_length)
+    dataset: Any = encoded
     vocabulary = len(processor.tokenizer)
     told: Teacher | None = None
     if isinstance(teacher, TeacherCache):
         dataset, told = CachedRows(dataset, teacher), CachedTeacher(teacher)
     elif teacher is not None:
         told = LiveTeacher(teacher, vocabulary)
+    require_fit(encoded)
     held = set(job.held_out)
-    learned = Numbered(dataset, [i for i in range(len(dataset)) if i not in held])
+    places = [i for i in range(len(dataset)) if i not in held]
+    learned: Any = Numbered(dataset, places)
+    lengths = [len(r.question) + len(r.answer) for r in (job.records[i] for i in places)]
+    if settings.packing:
+        lengths = [encoded.length(place) for place in places]
+        learned = PackedRows(learned, pack_rows(lengths, settings.max_length, job.seed))
+        lengths = [1] * len(learned)
     checkpoints = job.output / "checkpoints"
     arguments = _arguments(job, settings, checkpoints, len(learned))
     callback = Watch(job)
@@ -75,6 +86,8 @@ def train(
         data_collator=partial(collate, pad_token_id=processor.tokenizer.pad_token_id),
         callbacks=[callback],
         processing_class=processor,
+        records=job.records,
+        lengths=lengths,
         teacher=told,
         kd=settings if told is not None and isinstance(settings, DistillConfig) else None,
     )
@@ -86,7 +99,8 @@ def train(
     if is_first():
         job.log.forget(job.stage, after_step=done if last else -1)
     trainer.watch, trainer.logged_step = callback, done
-    with callback.signals(), answer_forward(model, vocabulary):
+    whole_tower = job.strategy != "ddp"
+    with callback.signals(), answer_forward(model, vocabulary, whole_tower=whole_tower):
         trainer.train(resume_from_checkpoint=last)
     if callback.preempted:
         step = trainer.state.global_step
@@ -97,6 +111,10 @@ def train(
         save_model(job.output, plain, processor, state)
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    if job.wandb and is_first():
+        import wandb
+
+        wandb.finish()  # the next stage is a run of its own
     return callback.last_loss
 
 
@@ -155,7 +173,6 @@ class Numbered(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __init__(self, dataset: Any, places: Sequence[int]) -> None:
         self.dataset = dataset
         self.places = places
-        self.records = dataset.records
 
     def __len__(self) -> int:
         return len(self.places)
@@ -172,6 +189,8 @@ class AnswerTrainer(CheckpointTrainer):
     def __init__(
         self,
         *args: Any,
+        records: Sequence[Record],
+        lengths: Sequence[int],
         teacher: Teacher | None = None,
         kd: DistillConfig | None = None,
         **kwargs: Any,
@@ -181,6 +200,8 @@ class AnswerTrainer(CheckpointTrainer):
             raise ValueError("teacher and kd go together: give both or neither")
         # our loss divides by the step's token count itself; the Trainer must not divide again
         self.model_accepts_loss_kwargs = True
+        self.records = records
+        self.lengths = lengths  # of the training set's items, by which like ones come together
         self.kd = kd
         self.teacher = teacher
         self._parts: list[Tensor] = []  # (CE, KD) of each micro-batch since the last log line
@@ -189,10 +210,7 @@ class AnswerTrainer(CheckpointTrainer):
         self.logged_step = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
-        dataset = self.train_dataset
-        records = [dataset.records[place] for place in dataset.places]
-        lengths = [len(record.question) + len(record.answer) for record in records]
-        return BucketSampler(lengths, self.args.train_batch_size, self.args.data_seed)
+        return BucketSampler(self.lengths, self.args.train_batch_size, self.args.data_seed)
 
     def compute_loss(
         self,
@@ -232,7 +250,7 @@ class AnswerTrainer(CheckpointTrainer):
             finite = parts.isfinite().all(dim=1)
             if self.watch is not None and not finite.all():
                 places = self._places[int(finite.int().argmin())].tolist()
-                self.watch.faulty = [self.train_dataset.records[place].id for place in places]
+                self.watch.faulty = [self.records[place].id for place in places]
             total = self.accelerator.reduce(parts.sum(dim=0), "sum")
             ce, kd = (total / max(1, steps)).tolist()
             self.logged_step = self.state.global_step
@@ -244,6 +262,8 @@ class AnswerTrainer(CheckpointTrainer):
 
 def _require_logger(job: Job) -> None:
     if job.wandb and find_spec("wandb") is None:
-        raise SetupError(f"log.wandb={job.wandb!r} needs Weights & Biases: pip install wandb")
+        raise SetupError(
+            f"log.wandb={job.wandb!r} needs Weights & Biases: pip install clinkd[wandb]"
+        )
     if job.wandb:
         os.environ["WANDB_PROJECT"] = job.wandb
