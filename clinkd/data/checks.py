@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from clinkd.data.boxes import find_boxes, to_box
-from clinkd.data.images import check_png_end, image_size, load_image, resolve_image
+from clinkd.data.boxes import Box, find_boxes, to_box
+from clinkd.data.images import image_size, load_image, resolve_image
 from clinkd.data.records import Record, scan_records
 from clinkd.data.split import leaks
 from clinkd.errors import DataError, SetupError
@@ -111,20 +111,22 @@ def require_sound(
 
 def check_text(record: Record) -> str | None:
     """Whether the boxes in a record's texts are whole, in order, and those of `boxes`."""
-    found = []
+    found: list[Box] = []
+    answered = False  # with a box, by the last turn
     for turn in record.conversations:
-        for corners in find_boxes(turn.value):
-            try:
-                found.append(to_box(corners))
-            except ValueError as error:
-                return f"{record.id}: the text holds {error}"
+        corners = find_boxes(turn.value)
+        answered = bool(corners)
+        try:
+            found += map(to_box, corners)
+        except ValueError as error:
+            return f"{record.id}: the text holds {error}"
     if found and set(found) != set(record.boxes):
         stated = [list(box) for box in record.boxes]
         return (
             f"{record.id}: 'boxes' is {stated}, but the text holds "
             f"{[list(box) for box in dict.fromkeys(found)]}"
         )
-    if record.task == "VG" and not find_boxes(record.answer):
+    if record.task == "VG" and not answered:
         return f"{record.id}: the answer of a VG record must hold a box"
     return None
 
@@ -157,6 +159,8 @@ def _leaks(train: list[_Placed], test: list[_Placed], checker: "_Images") -> lis
         Fault(place[record.id], f"{record.id}: {message}")
         for record, message in leaks([i.record for i in train], [i.record for i in test])
     ]
+    if not checker.digests:
+        return out
     leaking = {fault.place for fault in out}
     known = {checker.digests.get(n): n for item in train for n in item.record.images}
     known.pop(None, None)
@@ -206,10 +210,7 @@ class _Images:
         resolve_image(self.root, name)
 
     def _header(self, name: str) -> tuple[int, int]:
-        size = image_size(self.root, name)
-        if name.lower().endswith(".png"):
-            check_png_end(resolve_image(self.root, name), name)
-        return size
+        return image_size(self.root, name, png_end=True)
 
     def _decode(self, name: str) -> tuple[int, int]:
         image = load_image(self.root, name)

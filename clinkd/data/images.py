@@ -8,16 +8,17 @@ import os
 import stat
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from clinkd.data.png import END, plain_size
 from clinkd.errors import DataError
 
 MAX_PIXELS = 64 << 20  # decoded pixels of one image; a larger one is refused, not decoded
 # no formats that start other programs or read other files, as EPS does
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "JPEG2000")
 MEDICAL_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz")
-_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _ORIENTATION = 0x0112  # EXIF tag; 5…8 exchange width and height
 _UNREADABLE = (
     UnidentifiedImageError,
@@ -48,11 +49,13 @@ def resolve_image(root: str | os.PathLike[str], name: str) -> Path:
         base = _real_folder(os.path.abspath(root))
         if os.path.isabs(relative):
             raise DataError(f"image {name!r} is an absolute path and lies outside the data root")
-        path = os.path.realpath(os.path.join(base, relative), strict=True)
-        if path != base and not path.startswith(base.rstrip("/") + "/"):
-            raise DataError(f"image {name!r} lies outside the data root {base}")
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DataError(f"image {name!r} is not a file under {base}")
+        path = _below(base, relative)
+        if path is None:
+            path = os.path.realpath(os.path.join(base, relative), strict=True)
+            if path != base and not path.startswith(base.rstrip("/") + "/"):
+                raise DataError(f"image {name!r} lies outside the data root {base}")
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise DataError(f"image {name!r} is not a file under {base}")
     except FileNotFoundError:
         raise DataError(f"image {name!r} does not exist under {base}") from None
     except (OSError, RuntimeError) as error:  # no permission, a name too long, a ring of links
@@ -62,6 +65,20 @@ def resolve_image(root: str | os.PathLike[str], name: str) -> Path:
             raise
         raise DataError(f"image {name!r} is no path: {error}") from None
     return Path(path)
+
+
+def _below(base: str, relative: str) -> str | None:
+    """The path of a file that no link leads to; None where there is one, or anything unusual."""
+    parts = relative.split("/")
+    if os.sep != "/" or not {"", ".", ".."}.isdisjoint(parts):
+        return None
+    path = base.rstrip("/")
+    for part in parts:
+        path = f"{path}/{part}"
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISDIR(mode):
+            break
+    return path if stat.S_ISREG(mode) and part is parts[-1] else None
 
 
 @lru_cache(maxsize=16)
@@ -101,8 +118,13 @@ def load_image(root: str | os.PathLike[str], name: str) -> Image.Image:
         raise DataError(f"image {name!r} cannot be decoded (truncated?): {error}") from None
 
 
-def image_size(root: str | os.PathLike[str], name: str) -> tuple[int, int]:
+def image_size(
+    root: str | os.PathLike[str], name: str, *, png_end: bool = False
+) -> tuple[int, int]:
     """Width and height of what `load_image` would return, read from the file's header alone.
+
+    Args:
+        png_end: make sure as well that a PNG has its last chunk.
 
     Raises:
         DataError, SetupError: as `load_image`, but damage behind the header goes unseen.
@@ -113,8 +135,16 @@ def image_size(root: str | os.PathLike[str], name: str) -> tuple[int, int]:
 
         return slice_size(path, name, MAX_PIXELS)
     try:
+        with open(path, "rb") as file:
+            if (plain := plain_size(file)) is not None:
+                _check_pixels(name, *plain)
+                if png_end:
+                    _check_end(file, name)
+                return plain
         with Image.open(path, formats=FORMATS) as image:
             _check_pixels(name, *image.size)
+            if png_end and image.format == "PNG":
+                check_png_end(path, name)
             width, height = image.size
             turned = image.format in ("JPEG", "TIFF", "WEBP") or "exif" in image.info
             if turned and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8):
@@ -168,13 +198,17 @@ def check_png_end(path: Path, name: str) -> None:
         DataError: it is cut off.
     """
     with open(path, "rb") as file:
-        file.seek(-min(len(_PNG_END), path.stat().st_size), os.SEEK_END)
-        if file.read() != _PNG_END:
-            file.seek(0)
-            if _PNG_END not in file.read():  # other bytes may follow the end
-                raise DataError(
-                    f"image {name!r} cannot be decoded (truncated?): its end is missing"
-                )
+        _check_end(file, name)
+
+
+def _check_end(file: IO[bytes], name: str) -> None:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - len(END)))
+    if file.read() == END:
+        return
+    file.seek(0)
+    if END not in file.read():  # other bytes may follow the end
+        raise DataError(f"image {name!r} cannot be decoded (truncated?): its end is missing")
 
 
 def _check_pixels(name: str, width: int, height: int) -> None:

@@ -118,7 +118,7 @@ def leaks(train: Sequence[Record], test: Sequence[Record]) -> list[tuple[Record,
     """The test records that share an id, a group or an image file with the training split."""
     ids = {record.id for record in train}
     groups = {record.group for record in train}
-    files = {image_file(name) for record in train for name in record.images}
+    files = {image_file(name) for name in {name for record in train for name in record.images}}
     found: list[tuple[Record, str]] = []
     for record in test:
         shared = next((n for n in record.images if image_file(n) in files), None)
