@@ -16,6 +16,7 @@ from clinkd.models.demo import build_model, build_processor
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.rotary import PositionConfig
 from clinkd.train.adapter import add_adapter, quantisation
+from clinkd.train.checkpoint import save_model
 from clinkd.train.job import Job
 from clinkd.train.log import MetricsLog
 from clinkd.train.trainer import train
@@ -97,13 +98,35 @@ def test_a_stopped_run_goes_on_from_its_adapters(tmp_path, records, processor):
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_frozen_weights_in_four_bits(tmp_path, records, processor):
+    """Adapters learn beside them; the result is the checkpoint's own weights with them added."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
+    config = LORA.model_copy(update={"kind": "qlora"})
+    save_model(tmp_path / "start", make_model(processor), processor)
+    model = models.load(tmp_path / "start", dtype=torch.float32, **quantisation(config))
+    model = add_adapter(model, config, seed=3)
+    projection = model.base_model.model.model.language_model.layers[0].mlp.up_proj
+    assert isinstance(projection.base_layer, Linear4bit)
+    frozen = projection.base_layer.weight.data.clone()
+    train(make_job(tmp_path, records), model, processor, SETTINGS, make_model(processor, 1))
+    assert torch.equal(projection.base_layer.weight.data, frozen)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["ce"] < rows[0]["ce"] - 0.2
+    plain, start = (models.load(tmp_path / name, dtype=torch.float32) for name in ("out", "start"))
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    added = plain.get_parameter(name) - start.get_parameter(name)
+    learnt = projection.lora_B.default.weight @ projection.lora_A.default.weight * 2  # alpha / rank
+    torch.testing.assert_close(added, learnt, rtol=2e-2, atol=4e-3)  # it was added in bfloat16
+
+
 def test_what_cannot_be_had(processor, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.adapter\.targets"):
         add_adapter(make_model(processor), LORA.model_copy(update={"targets": "nothing"}), 0)
-    if not torch.cuda.is_available():
-        with pytest.raises(SetupError, match="qlora needs a GPU; 'lora' works without"):
-            quantisation(AdapterConfig(kind="qlora"))
     monkeypatch.setattr("clinkd.train.adapter.find_spec", lambda name: None)
+    with pytest.raises(SetupError, match=r"pip install clinkd\[qlora\]"):
+        quantisation(AdapterConfig(kind="qlora"))
     with pytest.raises(SetupError, match=r"pip install clinkd\[lora\]"):
         add_adapter(make_model(processor), LORA, 0)
 
