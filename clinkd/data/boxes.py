@@ -127,6 +127,10 @@ def to_box(corners: Sequence[float]) -> Box:
         ValueError: a box outside the image (by more than rounding does), reversed or empty.
     """
     x1, y1, x2, y2 = corners
+    if 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000:  # nearly all
+        left, top, right, bottom = int(x1 + 0.5), int(y1 + 0.5), int(x2 + 0.5), int(y2 + 0.5)
+        if left < right and top < bottom:
+            return left, top, right, bottom
     if min(corners) < -1 or max(corners) > 1001:
         raise ValueError(f"a box outside the image (0…1000): {_plain(corners)}")
     if x1 >= x2 or y1 >= y2:

@@ -8,11 +8,10 @@ import os
 import stat
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from clinkd.data.png import END, plain_size
+from clinkd.data.png import END, HEAD_BYTES, plain_size
 from clinkd.errors import DataError
 
 MAX_PIXELS = 64 << 20  # decoded pixels of one image; a larger one is refused, not decoded
@@ -135,12 +134,12 @@ def image_size(
 
         return slice_size(path, name, MAX_PIXELS)
     try:
-        with open(path, "rb") as file:
-            if (plain := plain_size(file)) is not None:
-                _check_pixels(name, *plain)
-                if png_end:
-                    _check_end(file, name)
-                return plain
+        head, end = _ends(path)
+        if (plain := plain_size(head)) is not None:
+            _check_pixels(name, *plain)
+            if png_end and end != END:
+                check_png_end(path, name)
+            return plain
         with Image.open(path, formats=FORMATS) as image:
             _check_pixels(name, *image.size)
             if png_end and image.format == "PNG":
@@ -198,17 +197,18 @@ def check_png_end(path: Path, name: str) -> None:
         DataError: it is cut off.
     """
     with open(path, "rb") as file:
-        _check_end(file, name)
+        if _ends(path)[1] != END and END not in file.read():  # other bytes may follow the end
+            raise DataError(f"image {name!r} cannot be decoded (truncated?): its end is missing")
 
 
-def _check_end(file: IO[bytes], name: str) -> None:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - len(END)))
-    if file.read() == END:
-        return
-    file.seek(0)
-    if END not in file.read():  # other bytes may follow the end
-        raise DataError(f"image {name!r} cannot be decoded (truncated?): its end is missing")
+def _ends(path: Path) -> tuple[bytes, bytes]:
+    """The first bytes of a file, enough for `plain_size`, and its last ones."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(file).st_size
+        return os.pread(file, HEAD_BYTES, 0), os.pread(file, len(END), max(0, size - len(END)))
+    finally:
+        os.close(file)
 
 
 def _check_pixels(name: str, width: int, height: int) -> None:

@@ -1,11 +1,10 @@
 """Sizes of plain PNG files, ten times as fast as PIL opens them; anything unusual is left to it."""
 
 import zlib
-from typing import IO
 
 _START = b"\x89PNG\r\n\x1a\n"
 END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-_HEAD_BYTES = 2048
+HEAD_BYTES = 2048
 # chunks before the pixels that change nothing of the size, and are short
 _PLAIN = {b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"hIST", b"pHYs", b"tIME"}
 # (bit depth, colour type) as the PNG specification, section 11.2.1, allows them
@@ -13,13 +12,12 @@ _KINDS = {(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2), (1, 3), (2, 
           (8, 4), (16, 4), (8, 6), (16, 6)}  # fmt: skip
 
 
-def plain_size(file: IO[bytes]) -> tuple[int, int] | None:
+def plain_size(head: bytes) -> tuple[int, int] | None:
     """Width and height of a PNG whose header is whole and usual; None where PIL must decide.
 
     Args:
-        file: open at its start.
+        head: the first `HEAD_BYTES` of the file.
     """
-    head = file.read(_HEAD_BYTES)
     if not head.startswith(_START + b"\x00\x00\x00\rIHDR") or len(head) < 33:
         return None
     width, height = int.from_bytes(head[16:20]), int.from_bytes(head[20:24])

@@ -104,6 +104,9 @@ def record_from_json(row: Any) -> Record:
 
 
 def _images(identity: str, row: dict[str, Any]) -> tuple[str, ...]:
+    single = row.get("image")
+    if type(single) is str and single and "images" not in row:  # nearly all
+        return (single,)
     if "image" in row and "images" in row:
         raise DataError(f"{identity}: has both 'image' and 'images'; write one of them")
     images = row.get("images", [row["image"]] if "image" in row else [])
@@ -134,11 +137,14 @@ def _turns(identity: str, turns: Any, num_images: int) -> tuple[Turn, ...]:
                 f"{identity}: turn {index + 1} of 'conversations' must be from {role!r}"
             )
         value = turn.get("value")
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not value or value.isspace():
             raise DataError(f"{identity}: turn {index + 1} of 'conversations' has no text")
-        if role == "gpt" and IMAGE_PLACEHOLDER in value:
-            raise DataError(f"{identity}: turn {index + 1}, an answer, holds {IMAGE_PLACEHOLDER}")
-        marks += value.count(IMAGE_PLACEHOLDER)
+        if IMAGE_PLACEHOLDER in value:
+            if role == "gpt":
+                raise DataError(
+                    f"{identity}: turn {index + 1}, an answer, holds {IMAGE_PLACEHOLDER}"
+                )
+            marks += value.count(IMAGE_PLACEHOLDER)
         out.append(Turn(role, value))
     if marks not in (0, num_images):
         raise DataError(f"{identity}: {marks} {IMAGE_PLACEHOLDER} marks for {num_images} images")
@@ -152,13 +158,13 @@ def _boxes(identity: str, boxes: Any) -> tuple[Box, ...]:
         raise DataError(f"{identity}: 'boxes' must be a list, got {type(boxes).__name__}")
     out: list[Box] = []
     for box in boxes:
-        whole = isinstance(box, list) and len(box) == 4 and all(type(c) is int for c in box)
-        if not whole:
+        whole = isinstance(box, list) and len(box) == 4
+        if not whole or not int is type(box[0]) is type(box[1]) is type(box[2]) is type(box[3]):
             raise DataError(f"{identity}: a box must be four whole numbers 0…1000, got {box!r:.80}")
         x1, y1, x2, y2 = box
-        if min(box) < 0 or max(box) > 1000:
-            raise DataError(f"{identity}: box {box} lies outside the image (0…1000)")
-        if x1 >= x2 or y1 >= y2:
+        if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):
+            if min(box) < 0 or max(box) > 1000:
+                raise DataError(f"{identity}: box {box} lies outside the image (0…1000)")
             raise DataError(f"{identity}: box {box} is reversed or empty; write [x1, y1, x2, y2]")
         out.append((_INTS[x1], _INTS[y1], _INTS[x2], _INTS[y2]))
     return tuple(out)
@@ -244,7 +250,10 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 def _value(line: bytes) -> Any:
     try:
-        value = _DECODER.decode(line.decode())
+        text = line.decode()
+        value, end = _DECODER.raw_decode(text) if text.startswith("{") else (None, 0)
+        if end == 0 or not text.endswith("}\n", end - 1):  # not an object alone on its line
+            value = _DECODER.decode(text)
         if b"\\u" in line:  # half a surrogate pair could be read, but never written again
             json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
