@@ -104,6 +104,7 @@ CASES = {
     "frozen vision": {"model.freeze_vision": True},
     "adapters": {"model.adapter": {"kind": "lora"}, "layers": 6},
     "teacher": {"teacher": 256},
+    "packed": {"packing": True, "batch": 1, "layers": 6},
     "qwen2.5": {"family": "qwen2_5_vl"},
     "qwen2.5, checkpointing": {
         "family": "qwen2_5_vl",
@@ -124,6 +125,9 @@ def test_within_15_percent(case, tmp_path, processor, records, monkeypatch):
     )
     model_keys = {k.split(".")[1]: wanted.pop(k) for k in list(wanted) if k.startswith("model.")}
     config = check({"model": model_keys})
+    dataset = AnswerDataset(records, SAMPLE_FOLDER, processor, 4096)
+    if wanted.get("packing"):
+        wanted["max_length"] = 3 * max(map(dataset.length, range(COUNT)))  # three in a row
     common = {"epochs": 2, "batch_size": batch, "learning_rate": 1e-3, **wanted}
     settings = DistillConfig(**common) if teacher else TrainConfig(**common)
 
@@ -148,7 +152,6 @@ def test_within_15_percent(case, tmp_path, processor, records, monkeypatch):
             return encode(self, index)
 
     monkeypatch.setattr(AnswerDataset, "__getitem__", on_the_host)
-    dataset = AnswerDataset(records, SAMPLE_FOLDER, processor, 4096)
     shape = record_size(dataset, list(range(COUNT)))
     found = device_memory(sizes[0], sizes[1], shape, settings, config, kind=FLOAT32, cuda=False)
     job = Job("x", tmp_path / "out", MetricsLog(tmp_path / "log"), records, SAMPLE_FOLDER, 0)
