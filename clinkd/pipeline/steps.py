@@ -47,15 +47,26 @@ def load_model(
     """A model with its positions applied, and its processor.
 
     For training the weights are float32 whatever the arithmetic: bfloat16 would round most steps of
-    a small learning rate away. With `model.adapter.kind` qlora they are 4 bits, and frozen.
+    a small learning rate away. With `model.adapter.kind` qlora they are 4 bits, and frozen. Under
+    ZeRO-3 they are as DeepSpeed holds them, which has its own float32 ones, and cut at once.
     """
+    if training and config.parallel.strategy == "zero3":
+        numbers = config.model.dtype if torch.cuda.is_available() else "float32"
+        return _load_cut(config, path, getattr(torch, numbers)), load_processor(config, path)
     dtype = torch.float32 if training else getattr(torch, config.model.dtype)
     extra = quantisation(config.model.adapter) if training else {}
     model = models.load(path, positions=positions_of(config), dtype=dtype, **extra)
-    sharded = training and config.parallel.strategy == "zero3"  # DeepSpeed cuts and moves it
-    if torch.cuda.is_available() and not extra and not sharded:
+    if torch.cuda.is_available() and not extra:
         model = model.cuda()
     return model, load_processor(config, path)
+
+
+def _load_cut(
+    config: RunConfig, path: str, dtype: torch.dtype, *, offload: bool = False
+) -> PreTrainedModel:
+    """This process's share of a model."""
+    with cut_while_loading(dtype, offload):
+        return models.load(path, positions=positions_of(config), dtype=dtype)
 
 
 def load_teacher(config: RunConfig, path: str) -> PreTrainedModel:
@@ -64,8 +75,7 @@ def load_teacher(config: RunConfig, path: str) -> PreTrainedModel:
     if place == "whole":
         return load_model(config, path)[0]
     dtype = getattr(torch, config.model.dtype)
-    with cut_while_loading(dtype, offload=place == "offloaded"):
-        return models.load(path, positions=positions_of(config), dtype=dtype)
+    return _load_cut(config, path, dtype, offload=place == "offloaded")
 
 
 def uses_cache(config: RunConfig) -> bool:

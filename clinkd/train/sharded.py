@@ -1,4 +1,4 @@
-"""A frozen teacher cut over the processes by DeepSpeed's ZeRO-3: only layers at work are whole."""
+"""Models cut over the processes by DeepSpeed's ZeRO-3: whole are only the layers at work."""
 
 import json
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def is_cut(model: Any) -> bool:
 
 
 def engine_of(model: PreTrainedModel) -> Any:
-    """DeepSpeed's engine around a model that was loaded in `cut_while_loading`.
+    """DeepSpeed's engine around a frozen model that was loaded in `cut_while_loading`.
 
     Its calls gather each layer's parameters before the layer and let go of them behind it, so all
     processes must call it as often.

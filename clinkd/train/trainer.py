@@ -76,7 +76,9 @@ def train(
     arguments = _arguments(job, settings, checkpoints, len(learned))
     callback = Watch(job)
     callback.weights = sum(
-        p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name
+        getattr(p, "ds_numel", p.numel())  # the former where DeepSpeed has cut it
+        for name, p in model.named_parameters()
+        if "embed_tokens" not in name
     )
     trainer = AnswerTrainer(
         model=model,
