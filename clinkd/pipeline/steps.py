@@ -66,7 +66,10 @@ def _load_cut(
 ) -> PreTrainedModel:
     """This process's share of a model."""
     with cut_while_loading(dtype, offload):
-        return models.load(path, positions=positions_of(config), dtype=dtype)
+        model: Any = models.load(path, positions=positions_of(config), dtype=dtype)
+    # on this way transformers keeps renamings that loading did not need; a save would apply them
+    model._weight_conversions = None
+    return model
 
 
 def load_teacher(config: RunConfig, path: str) -> PreTrainedModel:
