@@ -6,9 +6,11 @@ from typing import Any
 import torch
 
 from clinkd import generate, models, report
-from clinkd.config import DEMO, CorrectConfig
+from clinkd.config import DEMO, CorrectConfig, RunConfig
 from clinkd.data.checks import require_sound
+from clinkd.data.collate import AnswerDataset
 from clinkd.data.files import copy_file, read_jsonl, write_jsonl
+from clinkd.data.lengths import require_fit
 from clinkd.data.records import Record, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
 from clinkd.data.tokenizer import require_same_tokens
@@ -16,7 +18,13 @@ from clinkd.evaluate.run import evaluate_run
 from clinkd.evaluate.text.jars import require_spice
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
-from clinkd.pipeline.steps import asked_records, positions_of, start_of, uses_cache
+from clinkd.pipeline.steps import (
+    asked_records,
+    load_processor,
+    positions_of,
+    start_of,
+    uses_cache,
+)
 from clinkd.pipeline.tasks import AnswerTask, CacheTask, TrainTask, run_task
 from clinkd.progress import Update
 from clinkd.train.correction.correct import correct_records, write_round
@@ -41,7 +49,7 @@ def prepare(folder: RunFolder, progress: Update) -> str:
         config.model.teacher,
         config.model.student,
     ):
-        _require_same_tokens(config.model.teacher, config.model.student)
+        _require_same_tokens(config, config.model.teacher, config.model.student)
     train_records = limit_records(train_records, config.data.train_limit, config.seed)
     test_records = limit_records(test_records, config.data.test_limit, config.seed)
     require_sound(train_records, test_records, root)
@@ -57,6 +65,7 @@ def prepare(folder: RunFolder, progress: Update) -> str:
             write_records(folder.data(split), records)
     if config.model.student == DEMO:
         _build_demo_model(folder, train_records)
+    _require_fit(folder, teacher_records, train_records)
     if config.generate.scorer == DEMO:
         log = MetricsLog(folder.path / "metrics.jsonl")
         log.forget("clip")
@@ -75,10 +84,21 @@ def prepare(folder: RunFolder, progress: Update) -> str:
     )
 
 
-def _require_same_tokens(teacher: str, student: str) -> None:
-    from transformers import AutoTokenizer
+def _require_fit(
+    folder: RunFolder, teacher_records: Sequence[Record], train_records: Sequence[Record]
+) -> None:
+    """Make sure now, not when the teacher is trained, that no stage meets too long a record."""
+    config = folder.config
+    processor, root = load_processor(config, start_of(folder)), data_root(config.data)
+    longest = config.distill.max_length
+    if config.correct.rounds:
+        longest = min(longest, config.correct.max_length)
+    for records, limit in ((teacher_records, config.teacher.max_length), (train_records, longest)):
+        require_fit(AnswerDataset(records, root, processor, limit))
 
-    ours, theirs = (AutoTokenizer.from_pretrained(name) for name in (student, teacher))
+
+def _require_same_tokens(config: RunConfig, teacher: str, student: str) -> None:
+    ours, theirs = (load_processor(config, name).tokenizer for name in (student, teacher))
     require_same_tokens(ours, theirs, student, teacher)
 
 

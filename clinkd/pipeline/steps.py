@@ -13,6 +13,7 @@ from clinkd.data.files import read_jsonl
 from clinkd.data.records import Record, Turn, read_records
 from clinkd.data.select import limit_records
 from clinkd.data.teacher_cache import TeacherCache
+from clinkd.errors import SetupError
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root
 from clinkd.rotary import PositionConfig
@@ -34,11 +35,19 @@ def positions_of(config: RunConfig) -> PositionConfig:
 
 
 def load_processor(config: RunConfig, path: str) -> Any:
-    """A checkpoint's processor with the configured image sizes."""
-    return AutoProcessor.from_pretrained(
-        path,
-        size={"shortest_edge": config.model.min_pixels, "longest_edge": config.model.max_pixels},
-    )
+    """A checkpoint's processor with the configured image sizes.
+
+    Raises:
+        SetupError: it cannot be read.
+    """
+    size = {"shortest_edge": config.model.min_pixels, "longest_edge": config.model.max_pixels}
+    try:
+        return AutoProcessor.from_pretrained(path, size=size)
+    except (OSError, ValueError) as error:
+        raise SetupError(
+            f"{path}: no processor can be read ({str(error).splitlines()[0]}); give a checkpoint's "
+            "folder, or a hub name"
+        ) from None
 
 
 def load_model(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,3 +137,16 @@ def test_a_stage_before_its_time_names_the_one_to_run(config, tmp_path):
     assert process.returncode == 1
     assert "stage 'prepare' is not done" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_a_record_too_long_for_a_later_stage_is_named_before_any_training(config, tmp_path):
+    code, _, err = finish(config, tmp_path / "run", "correct.max_length=20")
+    assert code == 3
+    assert re.search(r"record '\S+' has \d+ tokens, over max_length 20", err)
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_a_folder_without_a_model_is_named(config, tmp_path):
+    code, _, err = finish(config, tmp_path / "run", f"model.student={tmp_path}")
+    assert code == 4
+    assert f"{tmp_path}: no processor can be read (" in err
