@@ -6,7 +6,8 @@ Writes a data set of so many records about small pictures into a temporary folde
 fresh process what `clinkd run` does before the teacher's and the student's first step: hashing,
 reading and checking the data, drawing the teacher's share, writing the run's files, checking that
 all records fit, encoding a batch. Left out is what does not grow with the data: importing torch and
-transformers, loading models. Prints seconds by part, and host memory before and at its peak.
+transformers, loading models. Prints seconds by part, and host memory before and at its peak: all,
+and without the pages of libraries' files, which processes share and the system can take back.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def _record(n: int, names: list[str], held_out: bool) -> dict[str, object]:
 
 
 def resident_mib(key: str) -> int:
-    """VmRSS or VmHWM; not ru_maxrss, which a child inherits."""
+    """VmRSS, VmHWM or RssFile; not ru_maxrss, which a child inherits."""
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) // 1024 if found else 0
 
@@ -125,7 +126,9 @@ def start(folder: Path) -> None:
                 places = iter(BucketSampler(lengths, 4, 0))
                 collate([dataset[next(places)] for _ in range(4)], 0)
             print(f"{'':34}{time.perf_counter() - begin:7.2f} s since the start")
-    print(f"memory: {before} MiB before, {resident_mib('VmHWM')} MiB at the peak")
+    # no peak of the private part is kept; the files' part only grows
+    peak, libraries = resident_mib("VmHWM"), resident_mib("RssFile")
+    print(f"memory: {before} MiB before, at most {peak} MiB, {peak - libraries} of them private")
 
 
 def main() -> None:

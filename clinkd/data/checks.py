@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from clinkd.data.boxes import Box, find_boxes, to_box
 from clinkd.data.images import image_size, load_image, resolve_image
-from clinkd.data.records import Record, scan_records
+from clinkd.data.records import Record, collector_paused, scan_records
 from clinkd.data.split import leaks
 from clinkd.errors import DataError, SetupError
 
@@ -100,7 +100,8 @@ def require_sound(
     """
     names = {name for record in (*train, *test) for name in record.images}
     images: ImageCheck = "decode" if len(names) <= DECODE_AT_MOST else "header"
-    faults = check_dataset(train, test, root, images=images)
+    with collector_paused():
+        faults = check_dataset(train, test, root, images=images)
     if faults:
         shown = "; ".join(map(str, faults[:_SHOWN]))
         more = f" … and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""

@@ -37,7 +37,7 @@ def split_name(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def resolve_image(root: str | os.PathLike[str], name: str) -> Path:
+def resolve_image(root: str | os.PathLike[str], name: str) -> str:
     """The image's path, which must lie inside the data root.
 
     Raises:
@@ -63,7 +63,7 @@ def resolve_image(root: str | os.PathLike[str], name: str) -> Path:
         if isinstance(error, DataError):
             raise
         raise DataError(f"image {name!r} is no path: {error}") from None
-    return Path(path)
+    return path
 
 
 def _below(base: str, relative: str) -> str | None:
@@ -104,7 +104,7 @@ def load_image(root: str | os.PathLike[str], name: str) -> Image.Image:
     if is_medical(path):
         from clinkd.data.medical import load_slice  # here: pydicom and nibabel are an extra
 
-        return load_slice(path, name, MAX_PIXELS)
+        return load_slice(Path(path), name, MAX_PIXELS)
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check_pixels(name, *image.size)
@@ -132,7 +132,7 @@ def image_size(
     if is_medical(path):
         from clinkd.data.medical import slice_size
 
-        return slice_size(path, name, MAX_PIXELS)
+        return slice_size(Path(path), name, MAX_PIXELS)
     try:
         head, end = _ends(path)
         if (plain := plain_size(head)) is not None:
@@ -155,9 +155,9 @@ def image_size(
         raise DataError(f"image {name!r} has no readable header: {error}") from None
 
 
-def is_medical(path: Path) -> bool:
+def is_medical(path: str) -> bool:
     """Whether a file is DICOM or NIfTI: by its name, or by the mark that DICOM files carry."""
-    lower = path.name.lower()
+    lower = os.path.basename(path).lower()
     if lower.endswith(MEDICAL_SUFFIXES):
         return True
     if "." in lower:
@@ -190,7 +190,7 @@ def stretch(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
-def check_png_end(path: Path, name: str) -> None:
+def check_png_end(path: str, name: str) -> None:
     """Make sure that a PNG has its last chunk: PIL does not miss it, and half of what precedes it.
 
     Raises:
@@ -201,7 +201,7 @@ def check_png_end(path: Path, name: str) -> None:
             raise DataError(f"image {name!r} cannot be decoded (truncated?): its end is missing")
 
 
-def _ends(path: Path) -> tuple[bytes, bytes]:
+def _ends(path: str) -> tuple[bytes, bytes]:
     """The first bytes of a file, enough for `plain_size`, and its last ones."""
     file = os.open(path, os.O_RDONLY)
     try:

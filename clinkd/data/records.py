@@ -189,7 +189,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         DataError: the first file and line at fault, and why. `scan_records` lists them all.
     """
     records: list[Record] = []
-    with _collector_paused():
+    with collector_paused():
         for number, found in scan_records(path):
             if isinstance(found, DataError):
                 raise DataError(f"{path}:{number}: {found}")
@@ -267,8 +267,8 @@ def _value(line: bytes) -> Any:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Records hold no cycles; searching them again and again doubles the time to read them."""
+def collector_paused() -> Iterator[None]:
+    """No search for cycles meanwhile: records have none, and it doubles the time to read them."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
@@ -182,7 +183,7 @@ def _content(records: Sequence[Record], data_root: Path) -> Iterator[str]:
     """Text of the records, and the sizes of their images."""
     for record in records:
         turns = [(turn.role, turn.value) for turn in record.conversations]
-        sizes = [resolve_image(data_root, name).stat().st_size for name in record.images]
+        sizes = [os.path.getsize(resolve_image(data_root, name)) for name in record.images]
         yield json.dumps([record.id, turns, record.images, sizes])
 
 

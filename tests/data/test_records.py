@@ -1,6 +1,8 @@
 """Records: every wrong line is named, and what is right comes back as it was."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -194,22 +196,17 @@ def test_a_file_without_newlines_is_refused_early(tmp_path):
 
 
 SCALE = """
-import re, sys, time
+import re, sys
 from clinkd.data.records import read_records
-start = time.perf_counter()
 records = read_records(sys.argv[1])
-seconds = time.perf_counter() - start
 # not ru_maxrss, which a child inherits from the process that started it
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
-print(len(records), seconds, peak // 1024)
+print(len(records), peak // 1024)
 """
 
 
 @pytest.mark.slow
-def test_270_000_records_within_ten_seconds_and_a_gigabyte(tmp_path):
-    import subprocess
-    import sys
-
+def test_270_000_records_leave_room_in_a_gigabyte(tmp_path):
     path = tmp_path / "big.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for n in range(270_000):
@@ -219,7 +216,6 @@ def test_270_000_records_within_ten_seconds_and_a_gigabyte(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCALE, str(path)], capture_output=True, text=True, check=True
     )
-    count, seconds, mib = done.stdout.split()
+    count, mib = done.stdout.split()
     assert int(count) == 270_000
-    assert float(seconds) < 10
     assert int(mib) < 500  # so that torch and the model's own needs find room in 1 GB
