@@ -1,4 +1,4 @@
-"""Tiles of logits for the distillation loss that stores none, what is summed of them, tile sizes."""
+"""Tiles of logits for the distillation loss that stores none: what is summed, which sizes."""
 
 from typing import Any
 
@@ -127,9 +127,13 @@ def blocks(element_size: int, arch: int, part: str, plain: bool) -> dict[str, in
     if INTERPRETED:
         return _options(16, 32, 32, 4, 1)
     if element_size == 4:
-        return _options(64, 32 if part == "divergence" else 64, 32, 8, 2)
+        if part == "divergence":
+            return _options(32, 32, 32, 4, 2)
+        if arch == 90 and part == "statistics" and not plain:
+            return _options(32, 64, 32, 4, 2)
+        return _options(64, 64, 32, 8, 2)
     if part == "divergence":
-        return _options(64, 64, 64, 8, 3)
+        return _options(32, 128, 64, 8, 3) if arch >= 120 else _options(64, 64, 64, 8, 3)
     # 128 columns were the fastest of seven tiles on an H100
     whole = arch == 90 and (plain or part == "statistics")
     return _options(128, 128 if whole else 64, 64, 8, 3)

@@ -1,11 +1,14 @@
 """The form of `linear_kd_loss` that stores no logit, against the definition in float64."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from clinkd.ops._impl import why_not_triton
-from clinkd.ops._linear_kd_triton import LinearKDTriton
+from clinkd.ops._linear_kd_triton import BANDS, LinearKDTriton
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
 FORWARD, REVERSE, JSD, SKEW = range(4)
@@ -199,3 +202,42 @@ def test_a_label_outside_is_nan_not_garbage():
     assert loss.isnan()
     assert parts[0].isnan()
     assert grad.isnan().any(dim=1).tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("divergence", [FORWARD, JSD])
+def test_memory_of_8192_tokens(divergence, monkeypatch):
+    """Everything torch allocates beside inputs and gradients, by shapes without memory."""
+    path = Path(__file__).parent.parent / "plan" / "live_bytes.py"
+    spec = importlib.util.spec_from_file_location("live", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    sums = importlib.import_module("clinkd.kernels.linear_kd_loss")
+    gradient = importlib.import_module("clinkd.kernels.linear_kd_gradient")
+    N, V = 8192, 151_936
+
+    def meta(*shape):
+        return torch.empty(*shape, dtype=torch.float32, device="meta")
+
+    monkeypatch.setattr(sums, "statistics", lambda *_: (meta(sums.SLOTS, BANDS, N), meta(N)))
+    monkeypatch.setattr(sums, "mixture", lambda *_: meta(2, BANDS, N))
+    monkeypatch.setattr(gradient, "gradient_band", lambda *_: None)
+    student, teacher = (
+        [torch.empty(n, C, dtype=torch.bfloat16, device="meta") for n in (N, V)]
+        for C in (1536, 3584)
+    )
+    for t in student:
+        t.requires_grad_()
+    labels = torch.empty(N, dtype=torch.int64, device="meta")
+    live = tool.LiveBytes()
+    for t in (*student, *teacher, labels):
+        live.add(t)
+    before = live.now
+    with live:
+        loss, _ = LinearKDTriton.apply(
+            *student, None, *teacher, None, labels, None, labels, 0.5, 2.0, divergence, MIX, None,
+            None,
+        )  # fmt: skip
+        loss.backward()
+    gradients = sum(t.grad.nbytes for t in student)
+    assert gradients == 2 * 1536 * (N + V)
+    assert live.peak - before - gradients < 64e6
