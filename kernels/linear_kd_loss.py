@@ -1,93 +1,31 @@
-"""The distillation loss from hidden states without a logit in memory, in Triton.
+"""The distillation loss from hidden states without a logit in memory, in Triton: its sums.
 
 Tiles of student and teacher logits are made on tensor cores, reduced as they come and forgotten.
-The backward pass makes them again, tile by tile, and stores the gradient of one band of the
-vocabulary at a time, which two ordinary matrix products then consume.
+Mixtures of both distributions need the sums of both first, and make the tiles once more for the
+divergence. The backward pass makes them again, see linear_kd_gradient.py.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from clinkd.kernels.common import INTERPRETED, LOG2_E
+from clinkd.kernels.common import LOG2_E
+from clinkd.kernels.linear_kd_tiles import (
+    LEAST,
+    add_tile,
+    constants,
+    expm1,
+    kl_term,
+    level,
+    log2,
+    logits,
+)
 from torch import Tensor
 
-SLOTS = 8  # numbers that one program leaves of each row, see `_statistics_kernel`
+SLOTS = 7  # numbers that one program leaves of each row, see `statistics_kernel`
 
 
 @triton.jit
-def _logits(
-    hidden_ptr,  # [N, C]
-    weight_ptr,  # [V, C]
-    bias_ptr,  # [V], or nothing
-    rows,  # [M] int64
-    N,
-    columns,  # [W] int64
-    V,
-    hidden_stride,
-    weight_stride,
-    C,
-    SOFTCAP: tl.constexpr,  # 0: none
-    WHOLE: tl.constexpr,  # C is a multiple of BLOCK_C
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """A tile of logits, [M, W] float32; outside of them those of the last row or column."""
-    c = tl.arange(0, BLOCK_C)
-    rows = tl.minimum(rows, N - 1)
-    columns = tl.minimum(columns, V - 1)
-    hidden_ptrs = hidden_ptr + rows[:, None] * hidden_stride + c[None, :]
-    weight_ptrs = weight_ptr + columns[:, None] * weight_stride + c[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        if WHOLE:
-            h = tl.load(hidden_ptrs + start)
-            w = tl.load(weight_ptrs + start)
-        else:
-            inside = (c < C - start)[None, :]
-            h = tl.load(hidden_ptrs + start, mask=inside, other=0.0)
-            w = tl.load(weight_ptrs + start, mask=inside, other=0.0)
-        if UPCAST:
-            h = h.to(tl.float32)
-            w = w.to(tl.float32)
-        acc = tl.dot(h, tl.trans(w), acc=acc, input_precision=PRECISION)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns).to(tl.float32)
-        acc += bias[None, :]
-    if SOFTCAP > 0:
-        x = tl.exp2(acc * (2 * LOG2_E / SOFTCAP))
-        acc = SOFTCAP * (1.0 - 2.0 / (x + 1.0))  # tanh
-    return acc
-
-
-@triton.jit
-def _level(top):
-    """What is taken off before an exponential: nothing where all scores so far are -inf."""
-    return tl.where(top == -float("inf"), 0.0, top)
-
-
-@triton.jit
-def _add_tile(top, total, scores):
-    """Running maximum and sum of 2^score with one more tile; the tile's 2^(score - maximum)."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    level = _level(new_top)
-    powers = tl.exp2(scores - level[:, None])
-    keep = tl.exp2(top - level)
-    return new_top, total * keep + tl.sum(powers, 1), powers, keep
-
-
-@triton.jit
-def _log2(x):
-    """Of 0, where a band has no column that both vocabularies have, it is -inf."""
-    return tl.where(x > 0, tl.log2(tl.where(x > 0, x, 1.0)), -float("inf"))
-
-
-@triton.jit
-def _statistics_kernel(
+def statistics_kernel(
     student_ptr,  # [N, Cs]
     student_weight_ptr,  # [Vs, Cs]
     student_bias_ptr,  # [Vs], or nothing
@@ -96,6 +34,7 @@ def _statistics_kernel(
     teacher_bias_ptr,
     labels_ptr,  # [N]
     out_ptr,  # [SLOTS, bands, N] float32
+    picked_ptr,  # [N] float32, out: the logit of the label where it is a column
     N,
     student_stride,
     student_weight_stride,
@@ -107,7 +46,7 @@ def _statistics_kernel(
     common,  # columns that both vocabularies have
     band_tiles,  # tiles of the vocabulary that one program walks over
     inverse_temperature,
-    REVERSE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STUDENT_WHOLE: tl.constexpr,
     TEACHER_WHOLE: tl.constexpr,
@@ -117,18 +56,20 @@ def _statistics_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Of one band of the vocabulary, for each row, all in powers of two.
+    """Of one band of the vocabulary, for each row.
 
-    Slots: the largest logit and the log of the sum of powers relative to it, apart so that neither
-    rounds the other: of the student at temperature 1, then of the student and of the teacher at T
-    over the common columns; the mean of (teacher - student) / T, both relative to their largest,
-    under the teacher (REVERSE: of its opposite under the student); the label's logit as it is, 0
-    where it is in another band.
+    Slots: the largest logit and the log in powers of two of the sum of exponentials relative to
+    it, apart so that neither rounds the other: of the student at temperature 1, then of the student
+    and of the teacher at T over the common columns; the mean in powers of two of (teacher -
+    student) / T, both relative to their largest, under the teacher (reverse KL: of its opposite
+    under the student; mixtures: 0).
     """
     band = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < N
-    label = tl.load(labels_ptr + rows, mask=is_row, other=-1)
+    # one out of range, which wraps here, is NaN afterwards
+    label = tl.load(labels_ptr + rows, mask=is_row, other=-1).to(tl.int32)
+    scale = LOG2_E * inverse_temperature
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     soft_top = top
@@ -136,80 +77,82 @@ def _statistics_kernel(
     target_top = top
     target_total = total
     weighted = total
-    picked = total
     for tile in range(0, band_tiles):
-        columns = (band * band_tiles + tile).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        is_column = columns < Vs
-        z = _logits(
+        first = (band * band_tiles + tile) * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
+        z = logits(
             student_ptr, student_weight_ptr, student_bias_ptr, rows, N, columns, Vs,
             student_stride, student_weight_stride, Cs,
             SOFTCAP, STUDENT_WHOLE, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION, UPCAST,
         )  # fmt: skip
-        is_label = is_column[None, :] & (columns[None, :] == label[:, None])
-        picked += tl.sum(tl.where(is_label, z, 0.0), 1)
-        z = z * LOG2_E
-        top, total, _, _ = _add_tile(top, total, tl.where(is_column[None, :], z, -float("inf")))
-        shared = columns < common
-        target = _logits(
+        here = label - first
+        if tl.max(((here >= 0) & (here < BLOCK_N)).to(tl.int32), 0) > 0:
+            is_label = is_row[:, None] & (columns[None, :] == label[:, None])
+            place = picked_ptr + rows[:, None] + tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+            tl.store(place, z, mask=is_label & (columns < Vs)[None, :])
+        z = tl.where((columns < Vs)[None, :], z, -float("inf"))
+        top, total, _, _ = add_tile(top, total, z, LOG2_E)
+        shared = (columns < common)[None, :]
+        z = tl.where(shared, z, -float("inf"))
+        if DIVERGENCE >= 2:
+            soft_top, soft_total, _, _ = add_tile(soft_top, soft_total, z, scale)
+        target = logits(
             teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, rows, N, columns, common,
             teacher_stride, teacher_weight_stride, Ct,
             SOFTCAP, TEACHER_WHOLE, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION, UPCAST,
         )  # fmt: skip
-        z = tl.where(shared[None, :], z * inverse_temperature, -float("inf"))
-        target = tl.where(shared[None, :], target * (LOG2_E * inverse_temperature), -float("inf"))
-        # the weighted sum is of scores relative to both maxima, which are about to move
-        moved = _level(soft_top) - _level(target_top)
-        before = soft_total if REVERSE else target_total
-        soft_top, soft_total, soft, soft_keep = _add_tile(soft_top, soft_total, z)
-        target_top, target_total, mass, keep = _add_tile(target_top, target_total, target)
-        moved = (_level(soft_top) - _level(target_top)) - moved
-        z = z - _level(soft_top)[:, None]
-        target = target - _level(target_top)[:, None]
-        if REVERSE:
-            gap = tl.where(soft > 0, z, 0.0) - tl.where(soft > 0, target, 0.0)
-            weighted = (weighted - before * moved) * soft_keep + tl.sum(soft * gap, 1)
+        target = tl.where(shared, target, -float("inf"))
+        if DIVERGENCE >= 2:
+            target_top, target_total, _, _ = add_tile(target_top, target_total, target, scale)
         else:
-            gap = tl.where(mass > 0, target, 0.0) - tl.where(mass > 0, z, 0.0)
-            weighted = (weighted + before * moved) * keep + tl.sum(mass * gap, 1)
+            # the weighted sum is of logits relative to both maxima, which are about to move
+            moved = level(soft_top) - level(target_top)
+            before = soft_total if DIVERGENCE == 1 else target_total
+            soft_top, soft_total, q, q_keep = add_tile(soft_top, soft_total, z, scale)
+            target_top, target_total, p, p_keep = add_tile(target_top, target_total, target, scale)
+            moved = ((level(soft_top) - level(target_top)) - moved) * scale
+            z = z - level(soft_top)[:, None]
+            target = target - level(target_top)[:, None]
+            if DIVERGENCE == 1:
+                gap = (tl.where(q > 0, z, 0.0) - tl.where(q > 0, target, 0.0)) * scale
+                weighted = (weighted - before * moved) * q_keep + tl.sum(q * gap, 1)
+            else:
+                gap = (tl.where(p > 0, target, 0.0) - tl.where(p > 0, z, 0.0)) * scale
+                weighted = (weighted + before * moved) * p_keep + tl.sum(p * gap, 1)
     at = out_ptr + band.to(tl.int64) * N + rows
     slot = tl.num_programs(1).to(tl.int64) * N
     tl.store(at, top, mask=is_row)
-    tl.store(at + slot, _log2(total), mask=is_row)
+    tl.store(at + slot, log2(total), mask=is_row)
     tl.store(at + 2 * slot, soft_top, mask=is_row)
-    tl.store(at + 3 * slot, _log2(soft_total), mask=is_row)
+    tl.store(at + 3 * slot, log2(soft_total), mask=is_row)
     tl.store(at + 4 * slot, target_top, mask=is_row)
-    tl.store(at + 5 * slot, _log2(target_total), mask=is_row)
-    share = soft_total if REVERSE else target_total
+    tl.store(at + 5 * slot, log2(target_total), mask=is_row)
+    share = soft_total if DIVERGENCE == 1 else target_total
     tl.store(at + 6 * slot, weighted / tl.where(share > 0, share, 1.0), mask=is_row)
-    tl.store(at + 7 * slot, picked, mask=is_row)
 
 
 @triton.jit
-def _gradient_kernel(
+def divergence_kernel(
     student_ptr,
     student_weight_ptr,
     student_bias_ptr,
     teacher_ptr,
     teacher_weight_ptr,
     teacher_bias_ptr,
-    labels_ptr,
-    statistics_ptr,  # [7, N] float32 in powers of two: as the first seven slots, of all columns
-    factor_ptr,  # [N] float32: what each row's loss counts
-    grad_ptr,  # [N, band], out
+    statistics_ptr,  # [6, N] float32: the first slots of `statistics_kernel`, of all columns
+    out_ptr,  # [2, bands, N] float32
     N,
     student_stride,
     student_weight_stride,
     teacher_stride,
     teacher_weight_stride,
-    grad_stride,
     Cs,
     Ct,
-    Vs,
     common,
-    begin,  # first column of the band
+    band_tiles,
     inverse_temperature,
-    kd_factor,  # kd_weight * T
-    REVERSE: tl.constexpr,
+    mix,  # JSD's beta, skew KL's skew
+    DIVERGENCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STUDENT_WHOLE: tl.constexpr,
     TEACHER_WHOLE: tl.constexpr,
@@ -219,128 +162,109 @@ def _gradient_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Gradient of the student's logits, one tile of a band of the vocabulary."""
+    """Of one band of the columns that both have: a mixture's divergence, from terms above 0.
+
+    Slots: KL(p || m) with p the teacher's and m = mix p + (1 - mix) q; of JSD KL(q || m), of skew
+    KL the sum of q p / m, which its gradient needs.
+    """
+    band = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < N
-    within = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = begin + within
-    is_column = columns < Vs
-    shared = columns < common
-    z = _logits(
-        student_ptr, student_weight_ptr, student_bias_ptr, rows, N, columns, Vs,
-        student_stride, student_weight_stride, Cs,
-        SOFTCAP, STUDENT_WHOLE, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION, UPCAST,
-    )  # fmt: skip
-    target = _logits(
-        teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, rows, N, columns, common,
-        teacher_stride, teacher_weight_stride, Ct,
-        SOFTCAP, TEACHER_WHOLE, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION, UPCAST,
-    )  # fmt: skip
-    safe = tl.minimum(rows, N - 1)
-    statistics_ptrs = statistics_ptr + safe
-    slot = N  # 7 N fits in 32 bits
-    top = tl.load(statistics_ptrs)
-    total = tl.load(statistics_ptrs + slot)
-    soft_top = tl.load(statistics_ptrs + 2 * slot)
-    soft_total = tl.load(statistics_ptrs + 3 * slot)
-    target_top = tl.load(statistics_ptrs + 4 * slot)
-    target_total = tl.load(statistics_ptrs + 5 * slot)
-    factor = tl.load(factor_ptr + safe)
-    label = tl.load(labels_ptr + safe)
-    score = z * LOG2_E
-    grad = tl.exp2(score - top[:, None] - total[:, None])
-    grad = grad - tl.where(columns[None, :] == label[:, None], 1.0, 0.0)
-    # log2 of probabilities at T
-    soft = score * inverse_temperature - soft_top[:, None] - soft_total[:, None]
-    soft = tl.where(shared[None, :], soft, -float("inf"))
-    target = target * (LOG2_E * inverse_temperature)
-    target = target - target_top[:, None] - target_total[:, None]
-    target = tl.where(shared[None, :], target, -float("inf"))
-    if REVERSE:
-        mean = tl.load(statistics_ptrs + 6 * slot)
-        some = soft > -float("inf")
-        gap = tl.where(some, soft, 0.0) - tl.where(some, target, 0.0) - mean[:, None]
-        pull = tl.exp2(soft) * gap / LOG2_E
-    else:
-        pull = tl.exp2(soft) - tl.exp2(target)
-    grad = (grad + kd_factor * pull) * factor[:, None]
-    if SOFTCAP > 0:
-        grad = grad * (1.0 - (z / SOFTCAP) * (z / SOFTCAP))
-    tl.store(
-        grad_ptr + rows[:, None] * grad_stride + within[None, :],
-        tl.where(is_column[None, :], grad, 0.0).to(grad_ptr.dtype.element_ty),
-        mask=is_row[:, None] & (within < grad_stride)[None, :],
-    )
+    scale = LOG2_E * inverse_temperature
+    one = tl.zeros([BLOCK_M], tl.float32)
+    other = one
+    for tile in range(0, band_tiles):
+        columns = (band * band_tiles + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        z = logits(
+            student_ptr, student_weight_ptr, student_bias_ptr, rows, N, columns, common,
+            student_stride, student_weight_stride, Cs,
+            SOFTCAP, STUDENT_WHOLE, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION, UPCAST,
+        )  # fmt: skip
+        target = logits(
+            teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, rows, N, columns, common,
+            teacher_stride, teacher_weight_stride, Ct,
+            SOFTCAP, TEACHER_WHOLE, BLOCK_M, BLOCK_N, BLOCK_C, PRECISION, UPCAST,
+        )  # fmt: skip
+        found = statistics_ptr + tl.minimum(rows, N - 1)
+        soft_top = tl.load(found + 2 * N)[:, None]
+        soft_log = tl.load(found + 3 * N)[:, None]
+        target_top = tl.load(found + 4 * N)[:, None]
+        target_log = tl.load(found + 5 * N)[:, None]
+        # of two logits that are close the difference is exact
+        ratio = ((target - z) - (target_top - soft_top)) * scale + (soft_log - target_log)
+        q_log = (z - soft_top) * scale - soft_log
+        p_log = (target - target_top) * scale - target_log
+        q = tl.exp2(q_log)
+        p = tl.exp2(p_log)
+        m = mix * p + (1.0 - mix) * q
+        m_log = tl.log2(tl.maximum(m, LEAST))
+        near = tl.abs(ratio) < 0.36  # a quarter, in natural logarithms
+        ratio = tl.where(near, ratio, 0.0) / LOG2_E
+        first = kl_term(p, m, p_log, m_log, (1.0 - mix) * expm1(-ratio), near)
+        if DIVERGENCE == 2:
+            second = kl_term(q, m, q_log, m_log, mix * expm1(ratio), near)
+        else:
+            second = q * (p / tl.maximum(m, LEAST))
+        shared = (columns < common)[None, :]
+        one += tl.sum(tl.where(shared, first, 0.0), 1)
+        other += tl.sum(tl.where(shared, second, 0.0), 1)
+    at = out_ptr + band.to(tl.int64) * N + rows
+    tl.store(at, one, mask=is_row)
+    tl.store(at + tl.num_programs(1).to(tl.int64) * N, other, mask=is_row)
 
 
-def blocks(element_size: int) -> dict[str, int]:
-    """Tile sizes and launch options of both kernels."""
-    if INTERPRETED:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 1}
-    if element_size == 4:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}
+Side = tuple[Tensor, Tensor, Tensor | None]  # hidden [N, C], weight [V, C], bias [V]
 
 
-def _shared(student: Tensor, teacher: Tensor, softcap: float | None) -> dict[str, Any]:
-    options = blocks(student.element_size())
-    return {
-        "SOFTCAP": softcap or 0.0,
-        "STUDENT_WHOLE": student.shape[1] % options["BLOCK_C"] == 0,
-        "TEACHER_WHOLE": teacher.shape[1] % options["BLOCK_C"] == 0,
-        "PRECISION": "ieee" if student.dtype == torch.float32 else "tf32",
-        "UPCAST": INTERPRETED and student.dtype == torch.bfloat16,
-        **options,
-    }
+def _bands(columns: int, block: int, bands: int) -> tuple[int, int]:
+    """Into how many bands the columns are cut, and the tiles of each."""
+    tiles = triton.cdiv(columns, block)
+    each = triton.cdiv(tiles, bands)
+    return triton.cdiv(tiles, each), each
 
 
 def statistics(
-    student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None],
+    student: Side,
+    teacher: Side,
     labels: Tensor,
     temperature: float,
-    reverse: bool,
+    divergence: int,
+    softcap: float | None,
+    bands: int,
+) -> tuple[Tensor, Tensor]:
+    """What `statistics_kernel` leaves of every row, [SLOTS, bands, N], and the labels' logits."""
+    N, Vs = student[0].shape[0], student[1].shape[0]
+    options = constants(student, teacher, "statistics", divergence, softcap)
+    bands, band_tiles = _bands(Vs, options["BLOCK_N"], bands)
+    out = torch.empty(SLOTS, bands, N, dtype=torch.float32, device=labels.device)
+    picked = torch.zeros(N, dtype=torch.float32, device=labels.device)
+    statistics_kernel[(triton.cdiv(N, options["BLOCK_M"]), bands)](
+        *student, *teacher, labels, out, picked, N, *(t.stride(0) for t in student[:2]),
+        *(t.stride(0) for t in teacher[:2]), student[0].shape[1], teacher[0].shape[1], Vs,
+        min(Vs, teacher[1].shape[0]), band_tiles, 1 / temperature, **options,
+    )  # fmt: skip
+    return out, picked
+
+
+def mixture(
+    student: Side,
+    teacher: Side,
+    merged: Tensor,  # [6 or more, N]
+    temperature: float,
+    divergence: int,
+    mix: float,
     softcap: float | None,
     bands: int,
 ) -> Tensor:
-    """What `_statistics_kernel` leaves of every row, [SLOTS, bands, N]."""
-    (hidden, weight, bias), (target, target_weight, target_bias) = student, teacher
-    N, Vs = hidden.shape[0], weight.shape[0]
-    options = _shared(hidden, target, softcap)
-    tiles = triton.cdiv(Vs, options["BLOCK_N"])
-    band_tiles = triton.cdiv(tiles, bands)
-    bands = triton.cdiv(tiles, band_tiles)
-    out = torch.empty(SLOTS, bands, N, dtype=torch.float32, device=hidden.device)
-    _statistics_kernel[(triton.cdiv(N, options["BLOCK_M"]), bands)](
-        hidden, weight, bias, target, target_weight, target_bias, labels, out,
-        N, hidden.stride(0), weight.stride(0), target.stride(0), target_weight.stride(0),
-        hidden.shape[1], target.shape[1], Vs, min(Vs, target_weight.shape[0]), band_tiles,
-        1 / temperature, REVERSE=reverse, **options,
+    """What `divergence_kernel` leaves of every row, [2, bands, N]."""
+    N = student[0].shape[0]
+    options = constants(student, teacher, "divergence", divergence, softcap)
+    common = min(student[1].shape[0], teacher[1].shape[0])
+    bands, band_tiles = _bands(common, options["BLOCK_N"], bands)
+    out = torch.empty(2, bands, N, dtype=torch.float32, device=merged.device)
+    divergence_kernel[(triton.cdiv(N, options["BLOCK_M"]), bands)](
+        *student, *teacher, merged, out, N, *(t.stride(0) for t in student[:2]),
+        *(t.stride(0) for t in teacher[:2]), student[0].shape[1], teacher[0].shape[1],
+        common, band_tiles, 1 / temperature, mix, **options,
     )  # fmt: skip
     return out
-
-
-def gradient_band(
-    student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None],
-    labels: Tensor,
-    merged: Tensor,  # [7, N]
-    factor: Tensor,  # [N]
-    grad: Tensor,  # [N, band], out
-    begin: int,
-    temperature: float,
-    kd_weight: float,
-    reverse: bool,
-    softcap: float | None,
-) -> None:
-    """Gradient of the logits of columns `begin` to `begin + band`; 0 past the vocabulary."""
-    (hidden, weight, bias), (target, target_weight, target_bias) = student, teacher
-    N, Vs = hidden.shape[0], weight.shape[0]
-    options = _shared(hidden, target, softcap)
-    grid = (triton.cdiv(N, options["BLOCK_M"]), triton.cdiv(grad.shape[1], options["BLOCK_N"]))
-    _gradient_kernel[grid](
-        hidden, weight, bias, target, target_weight, target_bias, labels, merged, factor, grad,
-        N, hidden.stride(0), weight.stride(0), target.stride(0), target_weight.stride(0),
-        grad.stride(0), hidden.shape[1], target.shape[1], Vs, min(Vs, target_weight.shape[0]),
-        begin, 1 / temperature, kd_weight * temperature, REVERSE=reverse, **options,
-    )  # fmt: skip

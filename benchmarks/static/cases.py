@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from clinkd.kernels import linear_kd_gradient as gradient
 from clinkd.kernels import linear_kd_loss as loss
+from clinkd.kernels import linear_kd_tiles as loss_tiles
 from clinkd.kernels import prefix_decode_attention as prefix
 from clinkd.kernels import rotary_attention as forward
 from clinkd.kernels import rotary_attention_backward as backward
 from clinkd.kernels import rotary_attention_keys as keys
 from clinkd.kernels import rotary_tiles as tiles
+from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 WITHOUT = " without rotation"  # ends the name of a twin in which rotation is compiled out
@@ -48,9 +51,12 @@ def cases(arch: int) -> Iterator[Case]:
         yield from _attention_cases(arch, "fp32", head_dim)
     yield _parts_case(arch)
     for dtype in ("bf16", "fp32"):
-        yield from _loss_cases(dtype, "forward KL")
-    yield from _loss_cases("bf16", "reverse KL", REVERSE=True)
-    yield from _loss_cases("bf16", "forward KL, softcap and bias", softcap=30.0)
+        for divergence in range(len(DIVERGENCES)):
+            yield from _loss_cases(arch, dtype, divergence)
+            yield from _loss_cases(arch, dtype, divergence, softcap=30.0, biased=True)
+    yield from _loss_cases(arch, "bf16", biased=True)
+    yield from _loss_cases(arch, "bf16", whole=False)
+    yield from _loss_cases(arch, "fp16", softcap=30.0, biased=True)
 
 
 def _prefix_cases() -> Iterator[Case]:
@@ -132,30 +138,40 @@ def _parts_case(arch: int) -> Case:
 
 
 def _loss_cases(
-    dtype: str, what: str, REVERSE: bool = False, softcap: float = 0.0
+    arch: int,
+    dtype: str,
+    divergence: int = 0,
+    *,
+    softcap: float = 0.0,
+    biased: bool = False,
+    whole: bool = True,
 ) -> Iterator[Case]:
-    options = loss.blocks(SIZES[dtype])
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
-    constants = {
-        "REVERSE": REVERSE,
-        "SOFTCAP": softcap,
-        "STUDENT_WHOLE": True,
-        "TEACHER_WHOLE": True,
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-        "UPCAST": False,
-        **options,
-    }
-    if not softcap:
-        constants |= {"student_bias_ptr": None, "teacher_bias_ptr": None}
-    own = dict.fromkeys(("out_ptr", "statistics_ptr", "factor_ptr"), "*fp32")
-    own |= dict.fromkeys(("inverse_temperature", "kd_factor"), "fp32")
+    """`whole`: the widths of the hidden states are multiples of a block's."""
+    own = dict.fromkeys(("out_ptr", "statistics_ptr", "factor_ptr", "picked_ptr"), "*fp32")
+    own |= dict.fromkeys(("inverse_temperature", "kd_factor", "mix"), "fp32")
     own |= dict.fromkeys(("Cs", "Ct", "Vs", "common", "begin", "N"), "i32:16")
     own["labels_ptr"] = "*i64"
-    for part, kernel in (
-        ("statistics", loss._statistics_kernel),
-        ("gradient", loss._gradient_kernel),
-    ):
-        found = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    kernels = {"statistics": loss.statistics_kernel, "gradient": gradient.gradient_kernel}
+    if divergence > 1:
+        kernels["divergence"] = loss.divergence_kernel
+    plain = divergence < 2 and not softcap and not biased
+    more = [f", softcap {softcap:g}"] * bool(softcap) + [", bias"] * biased
+    more += [", odd width"] * (not whole)
+    what = DIVERGENCES[divergence].replace("_", " ") + "".join(more)
+    for part, kernel in kernels.items():
+        options = loss_tiles.blocks(SIZES[dtype], arch, part, plain)
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        found = {
+            "DIVERGENCE": divergence,
+            "SOFTCAP": softcap,
+            "STUDENT_WHOLE": whole,
+            "TEACHER_WHOLE": whole,
+            "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+            "UPCAST": False,
+            **options,
+        }
+        if not biased:
+            found |= {"student_bias_ptr": None, "teacher_bias_ptr": None}
         types = _types(kernel, found, own, dtype)
         yield Case(f"linear_kd_loss {part} {dtype} {what}", kernel, found, types, warps, stages)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from clinkd.ops._checks import checking, raise_first
 
 BANDS = 16  # of the vocabulary, each walked over by one program for each tile of rows
-BAND_BYTES = 32 << 20  # of the logits' gradient, one band at a time
-DIVERGENCES = ("forward_kl", "reverse_kl")  # whose sums need no other sum first
+BAND_BYTES = 24 << 20  # of the logits' gradient, one band at a time
+PIECE = 2048  # rows whose share of the hidden states' gradient is made at a time
+JSD = 2  # this and later divergences need both distributions before their sum
 
 
 class LinearKDTriton(torch.autograd.Function):
@@ -19,7 +20,8 @@ class LinearKDTriton(torch.autograd.Function):
 
     Takes student hidden [N, Cs], weight [Vs, Cs], bias [Vs] or None; the teacher's three; labels
     [N]; each row's weight [N] or None; its number for errors [N]; kd_weight, temperature,
-    reverse, softcap; rows of the student's head that count, or None for all.
+    divergence (its place in `DIVERGENCES` of the reference), its beta or skew, softcap; rows of the
+    student's head that count, or None for all.
 
     Gives the loss, and CE and KD [2] which have no gradient, float32.
     """
@@ -38,7 +40,8 @@ class LinearKDTriton(torch.autograd.Function):
         numbers: Tensor,
         kd_weight: float,
         temperature: float,
-        reverse: bool,
+        divergence: int,
+        mix: float,
         softcap: float | None,
         vocab_size: int | None,
     ) -> tuple[Tensor, Tensor]:
@@ -48,16 +51,18 @@ class LinearKDTriton(torch.autograd.Function):
         merged = student_hidden.new_empty(7, rows, dtype=torch.float32)
         if rows > 0:
             kernels = importlib.import_module("clinkd.kernels.linear_kd_loss")
-            found = kernels.statistics(
-                (_rows(student_hidden), _rows(head), student_bias),
-                (_rows(teacher_hidden), _rows(teacher_weight), teacher_bias),
-                labels,
-                temperature,
-                reverse,
-                softcap,
-                BANDS,
+            student = (_rows(student_hidden), _rows(head), student_bias)
+            teacher = (_rows(teacher_hidden), _rows(teacher_weight), teacher_bias)
+            found, picked = kernels.statistics(
+                student, teacher, labels, temperature, divergence, softcap, BANDS
             )
-            merged, ce, kd = _merge(found, temperature, reverse)
+            merged, ce, kd = _merge(found, picked, temperature, divergence == 1)
+            if divergence >= JSD:
+                sums = kernels.mixture(
+                    student, teacher, merged, temperature, divergence, mix, softcap, BANDS
+                ).sum(dim=1)
+                kd, merged[6] = _mixture(sums, divergence, mix)
+                kd = temperature**2 * kd
             right = _in_vocabulary(labels, head)
             ce = torch.where(right, ce, torch.nan)
             if checking():
@@ -72,7 +77,7 @@ class LinearKDTriton(torch.autograd.Function):
             student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight,
             teacher_bias, labels, weight, merged,
         )  # fmt: skip
-        ctx.settings = (kd_weight, temperature, reverse, softcap, vocab_size)
+        ctx.settings = (kd_weight, temperature, divergence, mix, softcap, vocab_size)
         ctx.mark_non_differentiable(parts)
         return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts
 
@@ -82,18 +87,17 @@ class LinearKDTriton(torch.autograd.Function):
         student, whole, bias, teacher, teacher_head, teacher_bias, labels, weight, merged = (
             ctx.saved_tensors
         )
-        kd_weight, temperature, reverse, softcap, vocab_size = ctx.settings
+        kd_weight, temperature, divergence, mix, softcap, vocab_size = ctx.settings
         head = whole[:vocab_size]
         needs = ctx.needs_input_grad[:3]
         rows, V = student.shape[0], head.shape[0]
-        sums = torch.zeros(student.shape, dtype=torch.float32, device=student.device)
+        sums = student.new_zeros(student.shape, dtype=torch.float32) if needs[0] else None
         grads = [
-            sums if needs[0] else None,
             torch.zeros_like(whole) if needs[1] else None,
             torch.zeros_like(bias) if needs[2] and bias is not None else None,
         ]
         if rows > 0:
-            kernels = importlib.import_module("clinkd.kernels.linear_kd_loss")
+            kernels = importlib.import_module("clinkd.kernels.linear_kd_gradient")
             factor = (grad_loss / (1 + kd_weight)).expand(rows)
             factor = factor.contiguous() if weight is None else factor * weight
             factor = torch.where(_in_vocabulary(labels, head), factor.float(), torch.nan)
@@ -104,18 +108,20 @@ class LinearKDTriton(torch.autograd.Function):
                     (_rows(student), _rows(head), bias),
                     (_rows(teacher), _rows(teacher_head), teacher_bias),
                     labels, merged, factor, buffer, begin,
-                    temperature, kd_weight, reverse, softcap,
+                    temperature, kd_weight, divergence, mix, softcap,
                 )  # fmt: skip
                 band = slice(begin, min(begin + buffer.shape[1], V))
                 grad = buffer[:, : band.stop - begin]
+                if sums is not None:
+                    for piece in range(0, rows, PIECE):
+                        sums[piece : piece + PIECE] += grad[piece : piece + PIECE] @ head[band]
                 if grads[0] is not None:
-                    sums += grad @ head[band]
+                    torch.mm(grad.T, student, out=grads[0][band])
                 if grads[1] is not None:
-                    torch.mm(grad.T, student, out=grads[1][band])
-                if grads[2] is not None:
-                    grads[2][band] = grad.sum(dim=0, dtype=torch.float32).to(bias.dtype)
-        first = sums.to(student.dtype) if needs[0] else None
-        return (first, grads[1], grads[2], *[None] * 11)
+                    grads[1][band] = grad.sum(dim=0, dtype=torch.float32).to(bias.dtype)
+            del buffer, grad  # before the last copy is made
+        first = None if sums is None else sums.to(student.dtype)
+        return (first, *grads, *[None] * 12)
 
 
 def _in_vocabulary(labels: Tensor, weight: Tensor) -> Tensor:
@@ -126,21 +132,32 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _merge(found: Tensor, temperature: float, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of all bands, [7, N] in powers of two; and CE and KD of each row."""
+def _merge(
+    found: Tensor, picked: Tensor, temperature: float, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of all bands, [7, N]; and CE and KD of each row, KD of no mixture."""
     tops, logs = found[0:6:2], found[1:6:2]  # student, student at T, teacher at T; [3, bands, N]
+    scale = tops.new_tensor([1.0, 1 / temperature, 1 / temperature])[:, None] / math.log(2)
     top = tops.amax(dim=1)  # [3, N]
-    log = torch.log2(torch.exp2(tops - top[:, None] + logs).sum(dim=1))
+    below = torch.where(tops > -torch.inf, (top[:, None] - tops) * scale[:, None], torch.inf)
+    shares = torch.exp2(logs - below)  # [3, bands, N]
+    log = torch.log2(shares.sum(dim=1))
     owner = 1 if reverse else 2  # whose probabilities weight the mean
-    share = torch.exp2(tops[owner] - top[owner] + logs[owner] - log[owner])  # [bands, N]
-    other = 3 - owner
-    # means of scores relative to a band's largest; a band without common columns has no share
-    below = (top[owner] - tops[owner]) - (top[other] - tops[other])
-    mean = torch.where(share > 0, share * (found[6] - below), 0).sum(dim=0)
-    difference = mean - (log[owner] - log[other])
+    share = shares[owner] / torch.exp2(log[owner])  # [bands, N]
+    # means of logits relative to a band's largest; a band without common columns has no share
+    moved = below[owner] - below[3 - owner]
+    mean = torch.where(share > 0, share * (found[6] - moved), 0).sum(dim=0)
+    difference = mean - (log[owner] - log[3 - owner])
     # rounding alone can make it negative
     kd = temperature**2 * math.log(2) * difference.clamp(min=0)
-    ce = (math.log(2) * top[0] - found[7].sum(dim=0)) + math.log(2) * log[0]
+    ce = (top[0] - picked) + math.log(2) * log[0]
     # the mean log-ratio is what the gradient of the reverse form takes off
     merged = torch.stack([t for pair in zip(top, log, strict=True) for t in pair] + [difference])
     return merged, ce, kd
+
+
+def _mixture(sums: Tensor, divergence: int, mix: float) -> tuple[Tensor, Tensor]:
+    """The divergence of each row, and what its gradient takes off, from the sums [2, N]."""
+    if divergence == JSD:
+        return mix * sums[0] + (1 - mix) * sums[1], (1 - mix) * sums[1]
+    return sums[0], (mix - 1) * sums[1]

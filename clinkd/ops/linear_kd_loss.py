@@ -10,7 +10,6 @@ from torch import Tensor
 from clinkd.ops._checks import check_head, check_labels, check_options, check_rows, check_vocab_size
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
 from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
-from clinkd.ops._linear_kd_triton import DIVERGENCES as ONE_WALK
 from clinkd.ops._linear_kd_triton import LinearKDTriton
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
 from clinkd.ops._vocab_parallel import local_options, whole_rows
@@ -53,7 +52,7 @@ def linear_kd_loss(
         teacher_bias: [Vt].
         workspace: bytes that the logits of a chunk may take, or "auto" (512 MB, at least 256 rows
             on a GPU, 64 elsewhere). 0: no logit is stored at all; Triton kernels make them tile by
-            tile, twice, for forward_kl and reverse_kl.
+            tile, twice for forward_kl and reverse_kl, three times for jsd and skew_kl.
         process_group: as for `kd_loss`; rank r gives rows `r * V … (r + 1) * V - 1` of both heads,
             all of them the same hidden states, whose gradient is summed over the ranks.
         vocab_size: rows of the student's head that stand for tokens; the rest, which pads the head
@@ -79,16 +78,21 @@ def linear_kd_loss(
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
     count = default_num_items(labels, ignore_index) if num_items is None else num_items
     kept = (labels != ignore_index).nonzero().squeeze(1)
-    labels = labels[kept]
-    weight = None if weight is None else weight[kept]
-    student = (student_hidden[kept], student_weight, student_bias)
+    teacher_hidden = teacher_hidden.detach()
+    if len(kept) < rows:  # where all stay, no copy
+        labels, student_hidden, teacher_hidden = (
+            t[kept] for t in (labels, student_hidden, teacher_hidden)
+        )
+        weight = None if weight is None else weight[kept]
+    student = (student_hidden, student_weight, student_bias)
     teacher_bias = None if teacher_bias is None else teacher_bias.detach()
-    teacher = (teacher_hidden.detach()[kept], teacher_weight.detach(), teacher_bias)
+    teacher = (teacher_hidden, teacher_weight.detach(), teacher_bias)
     device, dtype = labels.device, student_hidden.dtype
     if workspace == 0:
-        _require_no_storage(divergence, process_group, device, dtype)
-        numbers = (labels, weight, kept, kd_weight, temperature, divergence == "reverse_kl")
-        loss, parts = LinearKDTriton.apply(*student, *teacher, *numbers, softcap, vocab_size)
+        _require_no_storage(process_group, device, dtype)
+        mix = beta if divergence == "jsd" else skew
+        numbers = (labels, weight, kept, kd_weight, temperature, DIVERGENCES.index(divergence))
+        loss, parts = LinearKDTriton.apply(*student, *teacher, *numbers, mix, softcap, vocab_size)
     else:
         wide = torch.promote_types(dtype, teacher_hidden.dtype)
         impl = resolve_impl(impl, IMPLS, native_impl(device), why_not, device, wide)
@@ -116,14 +120,9 @@ def linear_kd_loss(
 
 
 def _require_no_storage(
-    divergence: str, group: dist.ProcessGroup | None, device: torch.device, dtype: torch.dtype
+    group: dist.ProcessGroup | None, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Raise where the form that stores no logit cannot be had."""
-    if divergence not in ONE_WALK:
-        raise ValueError(
-            f"workspace must be above 0 for {divergence}: it needs both distributions before "
-            f"its sum; 0 takes {' and '.join(ONE_WALK)}"
-        )
     if group is not None:
         raise ValueError("workspace must be above 0 with a process_group")
     if reason := why_not_triton(device, dtype):

@@ -213,11 +213,11 @@ def test_no_stored_logits_at_the_door():
     )
     labels = torch.tensor([1, 2, -100, 3, 4, -100, 5, 6, 7], device=DEVICE)
     arguments = (hidden, weight, teacher, head, labels)
-    found = linear_kd_loss(*arguments, temperature=2.0, workspace=0)
-    expected = linear_kd_loss(*arguments, temperature=2.0)
-    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(found, expected, strict=True))
-    with pytest.raises(ValueError, match="workspace must be above 0 for jsd"):
-        linear_kd_loss(*arguments, divergence="jsd", workspace=0)
+    for divergence in DIVERGENCES:
+        options = dict(temperature=2.0, divergence=divergence, beta=0.3, skew=0.2)
+        found = linear_kd_loss(*arguments, **options, workspace=0)
+        expected = linear_kd_loss(*arguments, **options)
+        assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN in the interpreter
