@@ -149,6 +149,8 @@ def main() -> None:
     where = machine(device, dtype=args.dtype, temperature=args.temperature)
     sizes = (args.student, args.teacher)
     results: list[dict[str, Any]] = []
+    if unknown := set(args.ops.split(",")) - {"logits", "hidden", "tenth"}:
+        parser.error(f"--ops: {', '.join(sorted(unknown))} is none of logits, hidden, tenth")
     for op in args.ops.split(","):
         for rows in map(int, args.rows.split(",")):
             torch.manual_seed(0)

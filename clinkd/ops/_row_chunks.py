@@ -49,28 +49,33 @@ class RowChunks(torch.autograd.Function):
         compute = torch.promote_types(hidden.dtype, torch.float32)
         inputs = (hidden, weight, bias)
         grads = [
-            torch.zeros_like(tensor, dtype=compute) if need and tensor is not None else None
+            torch.empty_like(tensor, dtype=compute) if need and tensor is not None else None
             for tensor, need in zip(inputs, needs, strict=True)
         ]
+        unwritten = 0 if len(hidden) == 0 else len(weight[:vocab_size])
+        for grad in grads[1:]:
+            if grad is not None:
+                grad[unwritten:].zero_()
         weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         of_hidden = grads[0]
         of_weight, of_bias = (None if g is None else g[:vocab_size] for g in grads[1:])
         parts = hidden.new_zeros(2, dtype=compute)
-        for start in range(0, hidden.shape[0], chunk_rows):
-            rows = slice(start, start + chunk_rows)
+        chunks = -(-len(hidden) // chunk_rows)
+        size = -(-len(hidden) // chunks) if chunks else 1  # all alike
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
             found, grad = score(rows, F.linear(hidden[rows], weight, bias), any(needs))
             parts += found
             if grad is None:
                 continue
             if of_hidden is not None:
-                of_hidden[rows] = grad @ weight
+                _add_product(of_hidden[rows], grad, weight, first=True)
             if of_weight is not None:
-                if grad.dtype == compute:
-                    of_weight.addmm_(grad.T, hidden[rows])
-                else:
-                    of_weight += grad.T @ hidden[rows]
+                _add_product(of_weight, grad.T, hidden[rows], first=start == 0)
             if of_bias is not None:
-                of_bias += grad.sum(dim=0, dtype=compute)
+                columns = grad.sum(dim=0, dtype=compute)
+                of_bias.copy_(columns) if start == 0 else of_bias.add_(columns)
+            del grad  # before the next chunk's logits come
         if group is not None and of_hidden is not None:
             dist.all_reduce(of_hidden, group=group)  # each rank has its columns' share
         ctx.save_for_backward(
@@ -88,7 +93,27 @@ class RowChunks(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         grads = []
+        again = _may_run_again()  # else the head's gradient need not exist twice
         for present in ctx.present:
             grad = next(saved) if present else None
-            grads.append(None if grad is None else grad * grad_loss.to(grad.dtype))
+            if grad is not None:
+                scale = grad_loss.to(grad.dtype)
+                grad = grad * scale if again else grad.mul_(scale)
+            grads.append(grad)
         return (*grads, *([None] * 5))
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """`out += a @ b`; the first one to come does not read `out`, which holds nothing yet."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=0.0 if first else 1.0)
+    elif first:
+        out.copy_(a @ b)
+    else:
+        out += a @ b
+
+
+def _may_run_again() -> bool:
+    """Whether this backward pass keeps its graph; so it is taken to where torch does not tell."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or bool(keeps())

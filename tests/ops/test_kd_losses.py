@@ -138,6 +138,28 @@ def test_any_split_and_order_gives_the_same(cut, seed, weighted):
         torch.testing.assert_close(x, y)
 
 
+def test_a_second_backward_gives_the_same_and_leaves_the_first():
+    hidden, weight, teacher, head, labels = make()
+    loss = 3 * linear_kd_loss(hidden, weight, teacher, head, labels).loss
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(loss, (hidden, weight))
+    for a, b, c in zip(first, kept, second, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(b, c)
+
+
+def test_the_heads_gradient_exists_once():
+    """Fp32 accumulator, scaled where it lies; a backward pass that may run again has its copy."""
+    hidden, weight, teacher, head, labels = make(rows=8, vocabulary=4001, teacher_vocabulary=4001)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss = linear_kd_loss(hidden, weight, teacher, head, labels, workspace=1).loss
+        loss.backward()
+    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    sizes = [event.nbytes() for event in events]
+    assert sizes.count(weight.nbytes) == 1
+
+
 def test_frozen_parts_get_nothing():
     hidden, weight, teacher, head, labels = make()
     loss = linear_kd_loss(hidden, weight.detach(), teacher, head, labels).loss
