@@ -98,7 +98,9 @@ class PrefixCache:
 
     # what transformers' attention layers call -----------------------------------------------
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Store this step's keys and values, [active * K, Hkv, 1, D]."""
         shape = (self.active, self.hypotheses, key.shape[1], key.shape[3])
         rows = self._rows[: self.active]

@@ -19,6 +19,7 @@ def text_attention(
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
     position_embeddings: tuple[Tensor, ...] = (),
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Self-attention of a language layer; the cache holds rotated keys.
@@ -34,8 +35,9 @@ def text_attention(
         q, k = self.q_norm(q), self.k_norm(k)
     q = _turn(self, q, position_embeddings).transpose(1, 2)
     k = _turn(self, k, position_embeddings).transpose(1, 2)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    cache = past_key_values if cache is None else cache  # the older name, and that since 5.24
+    if cache is not None:
+        k, v = cache.update(k, v, self.layer_idx)
     out, weights = _interface(self)(
         self,
         q,
