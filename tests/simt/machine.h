@@ -55,6 +55,36 @@ struct Block {
   }
 };
 
+// A set of numbers below a count.
+class Bits {
+ public:
+  void fill(unsigned count) {
+    words_.assign((count + 63) / 64, ~0ull);
+    if (count % 64) words_.back() = (1ull << count % 64) - 1;
+  }
+  void add(unsigned i) { words_[i / 64] |= 1ull << i % 64; }
+  void remove(unsigned i) { words_[i / 64] &= ~(1ull << i % 64); }
+  // The first in it of `from` and those above, or -1.
+  int up(unsigned from) const {
+    uint64_t mask = ~0ull << from % 64;
+    for (size_t i = from / 64; i < words_.size(); ++i, mask = ~0ull)
+      if (const uint64_t word = words_[i] & mask)
+        return static_cast<int>(i * 64) + __builtin_ctzll(word);
+    return -1;
+  }
+  // The first in it of `from` and those below, or -1.
+  int down(unsigned from) const {
+    uint64_t mask = ~0ull >> (63 - from % 64);
+    for (size_t i = from / 64 + 1; i-- > 0; mask = ~0ull)
+      if (const uint64_t word = words_[i] & mask)
+        return static_cast<int>(i * 64) + 63 - __builtin_clzll(word);
+    return -1;
+  }
+
+ private:
+  std::vector<uint64_t> words_;
+};
+
 // The blocks of one cluster, all of whose threads run together; without clusters each is one block.
 struct Machine {
   Order order = kForward;
@@ -64,7 +94,7 @@ struct Machine {
   std::function<void()> body;
   Fiber main;
   std::vector<std::unique_ptr<Thread>> threads;  // block by block
-  std::vector<bool> ready;
+  Bits ready;
   std::vector<std::vector<Meeting>> meetings;  // of each warp, block by block
   std::vector<Block> blocks;
   Gathering cluster;
@@ -87,31 +117,23 @@ struct Machine {
 
   // A ready thread, or -1.
   int choose() {
-    const int many = static_cast<int>(count), from = static_cast<int>(current);
+    int found = -1;
     switch (order) {
       case kForward:
-        for (int i = 1; i <= many; ++i)
-          if (ready[(from + i) % many]) return (from + i) % many;
-        return -1;
+        found = current + 1 < count ? ready.up(current + 1) : -1;
+        break;
       case kReverse:
-        for (int i = 1; i <= many; ++i)
-          if (ready[(from - i + many) % many]) return (from - i + many) % many;
-        return -1;
-      case kShuffled: {
-        const int start = static_cast<int>(next_random() % many);
-        for (int i = 0; i < many; ++i)
-          if (ready[(start + i) % many]) return (start + i) % many;
-        return -1;
-      }
+        found = current > 0 ? ready.down(current - 1) : -1;
+        return found < 0 ? ready.down(count - 1) : found;
+      case kShuffled:
+        found = ready.up(static_cast<unsigned>(next_random() % count));
+        break;
       case kWarpsUp:
-        for (int i = 0; i < many; ++i)
-          if (ready[i]) return i;
-        return -1;
-      default:
-        for (int i = many - 1; i >= 0; --i)
-          if (ready[i]) return i;
-        return -1;
+        break;
+      case kWarpsDown:
+        return ready.down(count - 1);
     }
+    return found < 0 ? ready.up(0) : found;
   }
 
   bool is_dropped(const std::string& site) const {

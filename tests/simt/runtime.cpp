@@ -65,7 +65,7 @@ void check_barrier(Gathering& all) {
   for (unsigned i = all.first; i < all.first + all.count; ++i) {
     machine.threads[i]->waits_in = nullptr;
     machine.threads[i]->waits_at = nullptr;
-    machine.ready[i] = true;
+    machine.ready.add(i);
   }
   all.waiting = 0;
   ++all.passed;
@@ -74,7 +74,7 @@ void check_barrier(Gathering& all) {
 void wait_in(Gathering& all, const char* site) {
   machine.thread().waits_at = site;
   machine.thread().waits_in = &all;
-  machine.ready[machine.current] = false;
+  machine.ready.remove(machine.current);
   ++all.waiting;
   check_barrier(all);
   give_way();
@@ -84,7 +84,7 @@ void run_thread() {
   Fiber::arrived(*machine.previous);
   machine.body();
   Block& block = machine.block();
-  machine.ready[machine.current] = false;
+  machine.ready.remove(machine.current);
   ++block.gathering.ended;
   ++machine.cluster.ended;
   if (machine.cluster.ended == machine.count) {
@@ -135,7 +135,7 @@ bool run_cluster(const std::vector<Index>& blocks, size_t dynamic_bytes) {
     machine.threads[i]->waits_in = nullptr;
     machine.threads[i]->warp_syncs = 0;
   }
-  machine.ready.assign(count, true);
+  machine.ready.fill(count);
   machine.meetings.assign((each + 31) / 32 * blocks.size(), {});
   machine.cluster = {0, count};
   machine.current = machine.order == kReverse ? 0 : count - 1;  // the one before the first
@@ -213,14 +213,14 @@ const uint64_t* meet(const char* site, unsigned mask, uint64_t brought) {
   const unsigned round = found->round % 2;
   found->brought[round][lane()] = brought;
   found->arrived |= bit;
-  machine.ready[self] = false;
+  machine.ready.remove(self);
   machine.threads[self]->waits_at = site;
   if (found->arrived == mask) {
     found->arrived = 0;
     ++found->round;
     for (unsigned i = 0; i < 32 && machine.local() - lane() + i < machine.block_threads; ++i)
       if (mask >> i & 1) {
-        machine.ready[first + i] = true;
+        machine.ready.add(first + i);
         machine.threads[first + i]->waits_at = nullptr;
       }
   }
