@@ -39,6 +39,8 @@ def why_not_cluster(student: Tensor, teacher: Tensor) -> str | None:
     """
     if torch.compiler.is_compiling():
         return "a compiled graph may not scale the gradient in place"
+    if os.environ.get(SWITCH) != "1":  # before anything that costs time
+        return f"{SWITCH} is not 1"
     if reason := why_no_clusters(student.device):
         return reason
     columns, size = student.shape[1], student.element_size()

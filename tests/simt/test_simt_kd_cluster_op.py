@@ -35,6 +35,7 @@ def launched(machine, monkeypatch):
         machine.run(f"{name}_{impl}", fields | {"type": TYPES[tensor.dtype]})
 
     monkeypatch.setattr(native, "run_native", run_native)
+    monkeypatch.setenv(_kd_cluster.SWITCH, "1")
     monkeypatch.setattr(_kd_cluster, "why_no_clusters", lambda device: None)
     for op in ("kd_loss", "linear_kd_loss"):
         module = import_module(f"clinkd.ops.{op}")
@@ -137,6 +138,8 @@ def test_row_chunks_from_hidden_states(launched):
 def test_where_a_cluster_runs(monkeypatch):
     """The rule, on a machine without such a GPU."""
     z = torch.zeros(3, 160)
+    assert _kd_cluster.why_not_cluster(z, z) == "CLINKD_KD_CLUSTER is not 1"
+    monkeypatch.setenv(_kd_cluster.SWITCH, "1")
     assert "compute capability 9.0" in _kd_cluster.why_not_cluster(z, z)
     device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
@@ -164,3 +167,13 @@ def test_where_a_cluster_runs(monkeypatch):
     ):
         found = _kd_cluster.why_not_cluster(logits, logits)
         assert found is None if reason is None else reason in found
+
+
+@pytest.mark.slow
+def test_a_compiled_graph_takes_two_passes(launched):
+    z, t, labels, _ = make(4, 160)
+    z.requires_grad_()
+    step = torch.compile(lambda z: kd_loss(z, t, labels).loss, fullgraph=True, backend="aot_eager")
+    (grad,) = torch.autograd.grad(step(z), z)
+    assert launched == ["kd_statistics", "kd_gradient"]
+    assert torch.allclose(grad, loss_and_gradient(z, t, labels)[-1], atol=1e-7)
