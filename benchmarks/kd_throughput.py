@@ -1,15 +1,18 @@
 """Time and memory of the distillation loss beside what people use now, on whatever machine.
 
-    python -m benchmarks.kd_throughput [--rows 512,4096] [--temperature 2] [--output folder]
+    python -m benchmarks.kd_throughput [--rows 512,4096] [--temperature 2] [--clusters]
+        [--output folder]
 
 Forward and backward, V = 151,936. Every result is checked before it is timed; contenders run in
 turn and the median counts. `kd_loss` takes logits; `linear_kd_loss` hidden states, with all rows
-labelled and with every tenth. Prints one JSON object a line, then a table; with `--output` also
+labelled and with every tenth. With `--clusters`, on sm_90, ours is there once more, reading the
+logits once (CLINKD_KD_CLUSTER=1). Prints one JSON object a line, then a table; with `--output` also
 writes kd_throughput.jsonl and kd_throughput.png.
 """
 
 import importlib.util
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clinkd.ops import kd_loss, linear_kd_loss
+from clinkd.ops._kd_cluster import SWITCH, why_no_clusters
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a file
 from benchmarks.common import Step, arguments, machine, peak_mib, save, time_in_turn, wall_clock
@@ -60,8 +64,21 @@ def with_gradient(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Step:
     return step
 
 
+def in_clusters(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same in one read of the logits."""
+
+    def switched() -> Tensor:
+        os.environ[SWITCH] = "1"
+        try:
+            return forward()
+        finally:
+            del os.environ[SWITCH]
+
+    return switched
+
+
 def of_logits(
-    rows: int, temperature: float, dtype: torch.dtype, device: torch.device
+    rows: int, temperature: float, dtype: torch.dtype, device: torch.device, clusters: bool
 ) -> dict[str, Step]:
     """Contenders of `kd_loss`."""
     z = torch.randn(rows, VOCABULARY, device=device).to(dtype).requires_grad_()
@@ -73,6 +90,8 @@ def of_logits(
         "eager": lambda: eager(z, t, labels, temperature),
         "torch.compile": lambda: compiled(z, t, labels, temperature),
     }
+    if clusters:
+        forwards["clinkd in clusters"] = in_clusters(forwards["clinkd"])
     return {name: with_gradient(forward, [z]) for name, forward in forwards.items()}
 
 
@@ -83,6 +102,7 @@ def of_hidden(
     temperature: float,
     dtype: torch.dtype,
     device: torch.device,
+    clusters: bool,
 ) -> dict[str, Step]:
     """Contenders of `linear_kd_loss`; one row in `every` is labelled."""
     hidden, teacher = (torch.randn(rows, C, device=device).to(dtype) for C in sizes)
@@ -106,6 +126,8 @@ def of_hidden(
     }
     if device.type == "cuda":
         forwards["clinkd workspace=0"] = ours(workspace=0)
+    if clusters:
+        forwards["clinkd in clusters"] = in_clusters(forwards["clinkd"])
     leaves = [hidden, weight]
     return {name: with_gradient(forward, leaves) for name, forward in forwards.items()}
 
@@ -144,8 +166,14 @@ def main() -> None:
     parser.add_argument("--student", type=int, default=1536, help="hidden size of the student")
     parser.add_argument("--teacher", type=int, default=3584 if cuda else 1536)
     parser.add_argument("--ops", default="logits,hidden,tenth")
+    parser.add_argument("--clusters", action="store_true", help="clusters of sm_90 too")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.clusters:
+        os.environ[SWITCH] = "1"
+        if reason := why_no_clusters(device):
+            raise SystemExit(f"--clusters: {reason}")
+    os.environ.pop(SWITCH, None)  # on for that contender alone
     where = machine(device, dtype=args.dtype, temperature=args.temperature)
     sizes = (args.student, args.teacher)
     results: list[dict[str, Any]] = []
@@ -155,10 +183,12 @@ def main() -> None:
         for rows in map(int, args.rows.split(",")):
             torch.manual_seed(0)
             if op == "logits":
-                steps = of_logits(rows, args.temperature, dtype, device)
+                steps = of_logits(rows, args.temperature, dtype, device, args.clusters)
             else:
                 every = 10 if op == "tenth" else 1
-                steps = of_hidden(rows, every, sizes, args.temperature, dtype, device)
+                steps = of_hidden(
+                    rows, every, sizes, args.temperature, dtype, device, args.clusters
+                )
             expected = steps["eager"]()
             for name, step in steps.items():
                 check(name, step(), expected)

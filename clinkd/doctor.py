@@ -85,6 +85,8 @@ def _extension() -> Iterator[str]:
 def _ops() -> Iterator[str]:
     import torch
 
+    from clinkd.ops._kd_cluster import SWITCH, why_no_clusters
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield f"{'op on ' + device.type:26} {'takes':12} because"
     for name in (
@@ -100,5 +102,8 @@ def _ops() -> Iterator[str]:
         reason = module.why_not(native, device, torch.float32)
         choice = native if reason is None else "reference"
         yield f"{name:26} {choice:12} {reason or 'it is the fastest here'}"
+    reason = why_no_clusters(device)
+    switched = "on" if reason is None else "off"
+    yield f"{'kd_loss in one read':26} {switched:12} {reason or f'{SWITCH}=1; not timed yet'}"
     for name in ("linear_kd_loss", "linear_topk_kd_loss"):
         yield f"{name:26} {choice:12} as kd_loss, between matrix products of row chunks"

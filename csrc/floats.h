@@ -1,6 +1,12 @@
 // Element types and constants, for the CPU and the CUDA kernels alike.
 #pragma once
 
+#ifdef __CUDACC__
+#define CLINKD_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define CLINKD_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
 namespace clinkd {
 
 enum FloatType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };  // TYPES of clinkd/ops/_impl.py

@@ -39,15 +39,12 @@ __device__ __forceinline__ void reduce_pair(float& a, float& b, float (*shared)[
   }
 }
 
-// Over the columns that both models have: the divergence (x) and the mean that its gradient
-// subtracts (y), from the statistics `s` of the whole row; for all threads of the block.
+// This thread's two sums over columns that both models have, from the statistics `s` of the whole
+// row. They add up over threads and over parts of the columns.
 template <typename T>
-__device__ float2 row_divergence(const KDArgs& a, int64_t row, const float* s,
-                                 float (*shared)[2]) {
-  const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
-  const T* teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
-  const int64_t common =
-      a.student_columns < a.teacher_columns ? a.student_columns : a.teacher_columns;
+__device__ __forceinline__ float2 divergence_sums(const KDArgs& a, const float* s,
+                                                  const T* student, const T* teacher,
+                                                  int64_t common) {
   const float scale = kLog2E / a.temperature;
   const float tops = s[kTargetTop] - s[kSoftTop];
   const float sums = logf(s[kTargetInverse] / s[kSoftInverse]);
@@ -71,11 +68,27 @@ __device__ float2 row_divergence(const KDArgs& a, int64_t row, const float* s,
       if (m > kLeast) second += q * p / m;
     }
   }
-  reduce_pair(first, second, shared);
+  return {first, second};
+}
+
+// From both over the whole row: the divergence (x) and the mean that its gradient subtracts (y).
+__device__ __forceinline__ float2 divergence_of(const KDArgs& a, float2 sums) {
+  const float first = sums.x, second = sums.y;
   if (a.divergence == kJSD)
     return {a.mix * first + (1.0f - a.mix) * second, (1.0f - a.mix) * second};
   if (a.divergence == kSkewKL) return {first, -(1.0f - a.mix) * second};
-  return teacher_first ? float2{first, first} : float2{second, second};
+  return a.divergence != kReverseKL ? float2{first, first} : float2{second, second};
+}
+
+// Both of a row, by a block; for all of its threads.
+template <typename T>
+__device__ float2 row_divergence(const KDArgs& a, int64_t row, const float* s,
+                                 float (*shared)[2]) {
+  const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
+  const T* teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
+  float2 sums = divergence_sums<T>(a, s, student, teacher, common_columns(a));
+  reduce_pair(sums.x, sums.y, shared);
+  return divergence_of(a, sums);
 }
 
 // Grid: one block a row. Statistics come in; `kd` gets the divergence, `ce` the mean.

@@ -6,16 +6,6 @@
 namespace clinkd {
 namespace {
 
-// 16 bytes at a time where every row of all three tensors begins on 16 bytes.
-template <typename T>
-bool whole_packs(const KDArgs& a) {
-  const uintptr_t places = reinterpret_cast<uintptr_t>(a.student) |
-                           reinterpret_cast<uintptr_t>(a.teacher) |
-                           reinterpret_cast<uintptr_t>(a.grad);
-  const int64_t strides = a.student_stride | a.teacher_stride | a.grad_stride;
-  return (places | static_cast<uintptr_t>(strides * sizeof(T))) % 16 == 0;
-}
-
 enum class Pass { kStatistics, kDivergence, kGradient };
 
 int start(void (*kernel)(KDArgs), const KDArgs& a, void* stream) {
@@ -40,7 +30,7 @@ int with_power(const KDArgs& a, Pass pass, void* stream) {
 template <typename T>
 int with_width(const KDArgs& a, Pass pass, void* stream) {
   if (pass == Pass::kDivergence) return start(kd_divergence_kernel<T>, a, stream);
-  if (whole_packs<T>(a)) return with_power<T, 16 / sizeof(T)>(a, pass, stream);
+  if (kd_whole_packs(a, sizeof(T))) return with_power<T, 16 / sizeof(T)>(a, pass, stream);
   return with_power<T, 1>(a, pass, stream);
 }
 

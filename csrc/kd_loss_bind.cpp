@@ -66,10 +66,14 @@ void bind_kd_loss(pybind11::module_& m) {
   m.def("kd_statistics_cpu", on_cpu<kd_statistics_cpu>);
   m.def("kd_divergence_cpu", on_cpu<kd_divergence_cpu>);
   m.def("kd_gradient_cpu", on_cpu<kd_gradient_cpu>);
+  m.def("kd_cluster_bytes", kd_cluster_bytes);
+  m.attr("kd_cluster_most_bytes") = kKDClusterBytes;
 #ifdef CLINKD_WITH_CUDA
   m.def("kd_statistics_cuda", on_cuda<kd_statistics_cuda>);
   m.def("kd_divergence_cuda", on_cuda<kd_divergence_cuda>);
   m.def("kd_gradient_cuda", on_cuda<kd_gradient_cuda>);
+  m.def("kd_cluster_cuda", on_cuda<kd_cluster_cuda>);
+  m.def("kd_scale_cuda", on_cuda<kd_scale_cuda>);
 #endif
 }
 

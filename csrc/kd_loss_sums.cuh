@@ -1,15 +1,26 @@
-// Sums over a row of logits on a GPU, by a block of threads: what kd_loss_kernel.cuh needs of both
+// Sums over a row of logits on a GPU, by a block of threads: what kd_loss_row.cuh needs of both
 // models at once.
 #pragma once
 
 #include <cstdint>
 
 #include "floats.cuh"
+#include "kd_loss.h"
 
 namespace clinkd {
 
 constexpr int kKDThreads = 512;
 constexpr int kKDWarps = kKDThreads / 32;
+
+// Columns that both models have.
+__device__ __forceinline__ int64_t common_columns(const KDArgs& a) {
+  return a.student_columns < a.teacher_columns ? a.student_columns : a.teacher_columns;
+}
+
+// A number of columns in 0 … most.
+__device__ __forceinline__ int64_t clamped(int64_t columns, int64_t most) {
+  return columns < 0 ? 0 : columns < most ? columns : most;
+}
 
 // The row's sums so far, each relative to its maximum; `weighted` to the last two maxima.
 struct KDSums {
@@ -83,11 +94,9 @@ __device__ __forceinline__ KDSums reduce_sums(KDSums mine, KDSums* shared, float
 // V logits of student and teacher into the sums. POWER: T where it is 1 or 2 and the vocabularies
 // agree, so that the student's sum at 1 is that of powers of what it has at T.
 template <typename T, int V, int POWER>
-__device__ __forceinline__ void add_logits(KDSums& sums, const T* student, const T* teacher,
-                                           float scale, float cap, bool reverse) {
-  using P = Pack<T, V>;
-  const P zs = *reinterpret_cast<const P*>(student);
-  const P ts = *reinterpret_cast<const P*>(teacher);
+__device__ __forceinline__ void add_logits(KDSums& sums, const Pack<T, V>& zs,
+                                           const Pack<T, V>& ts, float scale, float cap,
+                                           bool reverse) {
   float z[V], t[V];
   float z_top = -float_infinity(), t_top = -float_infinity();
 #pragma unroll

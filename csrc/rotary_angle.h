@@ -3,11 +3,7 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define CLINKD_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define CLINKD_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "floats.h"
 
 namespace clinkd {
 

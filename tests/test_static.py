@@ -9,9 +9,16 @@ import pytest
 pytest.importorskip("triton")
 from benchmarks.static import sass
 from benchmarks.static.__main__ import over_budget, rules
-from benchmarks.static.compiling import CUDA_SOURCES, NVCC_FLAGS, Figures, cuda_name
+from benchmarks.static.cases import SIZES
+from benchmarks.static.compiling import (
+    CUDA_SOURCES,
+    NVCC_FLAGS,
+    Figures,
+    cuda_name,
+    dynamic_shared,
+)
 from benchmarks.static.limits import occupancy
-from benchmarks.static.traffic import Traffic, traffics
+from benchmarks.static.traffic import VOCABULARY, Traffic, traffics
 
 ROOT = Path(__file__).parent.parent
 LISTING = """
@@ -59,6 +66,14 @@ def test_names_of_cuda_kernels():
     symbol = "_ZN6clinkd20kd_statistics_kernelI13__nv_bfloat16Li8ELi2EEEvNS_6KDArgsE"
     assert cuda_name(symbol) == "kd_statistics_kernel bf16 ×8 power 2"
     assert cuda_name("main") == "main"
+
+
+def test_shared_memory_of_a_launch_is_the_kernels_own():
+    compiled = pytest.importorskip("clinkd._C")
+    for dtype, size in SIZES.items():
+        asked = dynamic_shared(f"kd_cluster_kernel {dtype} ×{16 // size} power 1")
+        assert asked == compiled.kd_cluster_bytes(VOCABULARY, size)
+    assert dynamic_shared("kd_statistics_kernel bf16 ×8 power 1") == 0
 
 
 def test_flags_are_those_of_the_build():

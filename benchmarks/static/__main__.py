@@ -28,7 +28,13 @@ if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", None):
 import triton
 
 from benchmarks.static.cases import WITHOUT, cases
-from benchmarks.static.compiling import CUDA_SOURCES, Figures, compile_one, nvcc_version
+from benchmarks.static.compiling import (
+    CUDA_SOURCES,
+    ONE_ARCH,
+    Figures,
+    compile_one,
+    nvcc_version,
+)
 from benchmarks.static.limits import ARCHS
 from benchmarks.static.traffic import report
 
@@ -101,7 +107,7 @@ def main() -> None:
             ("cuda", arch, source)
             for arch in arguments.arch or ARCHS
             for source in CUDA_SOURCES
-            if arguments.only in source
+            if arguments.only in source and ONE_ARCH.get(source, arch) == arch
         ]
     failed: list[str] = []
     everything: dict[str, Figures] = {}

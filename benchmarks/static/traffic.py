@@ -77,6 +77,10 @@ def _loss(rows: int) -> Iterator[Traffic]:
     # statistics and gradient each read both models' logits; one write
     yield Traffic(f"kd_loss forward + backward, {rows:,} rows", 5 * logits + 2 * small,
                   5 * logits, 1.05, special=rows * VOCABULARY * 5)  # fmt: skip
+    # on sm_90 a cluster keeps the row between the two: labels and two factors in, CE and KD out
+    yield Traffic(f"kd_loss forward + backward in a cluster, {rows:,} rows",
+                  3 * logits + rows * (8 + 2 * 4 + 2 * 4), 3 * logits, 1.05,
+                  special=rows * VOCABULARY * 5)  # fmt: skip
     top = rows * 64 * 8
     yield Traffic(f"topk_kd_loss forward + backward, {rows:,} rows", 3 * logits + 3 * top + small,
                   3 * logits, 1.05, special=rows * VOCABULARY * 4)  # fmt: skip

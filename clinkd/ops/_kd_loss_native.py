@@ -40,7 +40,7 @@ def gradient_in_place(
 ) -> None:
     """Write the gradient of the logits over them: `student` [N, Vs] has columns side by side."""
     *numbers, impl = options
-    _launch("gradient", impl, student, teacher, labels, statistics, numbers,
+    launch("gradient", impl, student, teacher, labels, statistics, numbers,
             factors=(ce_factor, kd_factor), grad=student)  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def _rows(
     rows = student.shape[0]
     ce, kd = (torch.empty(rows, dtype=torch.float32, device=student.device) for _ in range(2))
     statistics = torch.empty(rows, STATISTICS, dtype=torch.float32, device=student.device)
-    _launch("statistics", impl, student, teacher, labels, statistics, numbers, sums=(ce, kd))
+    launch("statistics", impl, student, teacher, labels, statistics, numbers, sums=(ce, kd))
     return ce, kd, statistics
 
 
@@ -75,7 +75,7 @@ def _divergence(
     *numbers, impl = options
     student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
     value, mean = (torch.empty(len(labels), device=student.device) for _ in range(2))
-    _launch("divergence", impl, student, teacher, labels, statistics, numbers, sums=(mean, value))
+    launch("divergence", impl, student, teacher, labels, statistics, numbers, sums=(mean, value))
     return torch.stack([value, mean], dim=1)
 
 
@@ -91,18 +91,18 @@ def _rows_backward(
     *numbers, impl = options
     student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    _launch("gradient", impl, student, teacher, labels, statistics, numbers,
+    launch("gradient", impl, student, teacher, labels, statistics, numbers,
             factors=(ce_factor, kd_factor), grad=grad)  # fmt: skip
     return grad
 
 
-def _launch(
+def launch(
     part: str,
     impl: str,
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
-    statistics: Tensor,
+    statistics: Tensor | None,
     numbers: Any,
     sums: tuple[Tensor, Tensor] | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
@@ -115,9 +115,10 @@ def _launch(
     given = [t.to(torch.float32).contiguous() for t in factors or ()]  # kept alive
     ce, kd = (0, 0) if sums is None else (t.data_ptr() for t in sums)
     first, second = (t.data_ptr() for t in given) if given else (0, 0)
+    between = 0 if statistics is None else statistics.data_ptr()
     out = 0 if grad is None else grad.data_ptr()
     inputs = (student.data_ptr(), teacher.data_ptr(), labels.data_ptr())
-    places = (*inputs, ce, kd, statistics.data_ptr(), first, second, out)
+    places = (*inputs, ce, kd, between, first, second, out)
     sizes = (student.shape[0], student.shape[1], teacher.shape[1])
     strides = (student.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0))
     temperature, divergence, mix, ignore_index, softcap = numbers

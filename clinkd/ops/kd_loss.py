@@ -1,6 +1,6 @@
 """Cross-entropy and knowledge distillation over given logits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clinkd.ops._checks import check_float, check_labels, check_options, check_rows
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
+from clinkd.ops._kd_cluster import WithGradient, rows_with_gradient, why_not_cluster
 from clinkd.ops._kd_loss_native import operator_options
 from clinkd.ops._vocab_parallel import VocabParallelRows
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
@@ -62,7 +63,8 @@ def kd_loss(
             of the whole vocabulary. All ranks get the loss, each the gradient of its columns.
         impl: "auto", "reference", "cpu" or "cuda". The kernels read both logits once for the loss
             and once for the gradient, and keep seven numbers a row between the two; logits of two
-            dtypes are widened to the larger first.
+            dtypes are widened to the larger first. On sm_90 with CLINKD_KD_CLUSTER=1 in the
+            environment one read gives both; one backward pass may then go through the loss.
 
     With CLINKD_CHECK=1 in the environment a row without a finite maximum, with a NaN or a label out
     of range is an error that names it; without, it gives NaN.
@@ -101,11 +103,55 @@ def kd_loss(
     else:
         options = operator_options(temperature, divergence, beta, skew, ignore_index, softcap, impl)
         parts = (student_logits.to(dtype), teacher_logits.detach().to(dtype), labels)
+        if process_group is None and _gradient_at_once(*parts[:2], weight, num_items, impl):
+            return _loss_with_gradient(parts, options, kd_weight, ignore_index, weight, num_items)
         if process_group is None:
             ce, kd, _ = torch.ops.clinkd.kd_rows(*parts, *options)
         else:
             ce, kd = VocabParallelRows.apply(*parts, process_group, options)
     return reduce_rows(ce, kd, labels, kd_weight, ignore_index, weight, num_items)
+
+
+def _gradient_at_once(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    num_items: Tensor | int | None,
+    impl: str,
+) -> bool:
+    """Whether one read of the logits gives the loss and its gradient.
+
+    Not of float16: what scales its loss up must do so before the gradient is rounded. Nor where the
+    factors of the rows have a gradient.
+    """
+    if impl != "cuda" or student.dtype == torch.float16:
+        return False
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        return False
+    if any(isinstance(f, Tensor) and f.requires_grad for f in (weight, num_items)):
+        return False
+    return why_not_cluster(student, teacher) is None
+
+
+def _loss_with_gradient(
+    parts: tuple[Tensor, Tensor, Tensor],
+    options: tuple[Any, ...],
+    kd_weight: float,
+    ignore_index: int,
+    weight: Tensor | None,
+    num_items: Tensor | int | None,
+) -> KDLoss:
+    """Loss and gradient of logits by `rows_with_gradient`."""
+    student, teacher, labels = parts
+    if num_items is None:
+        num_items = default_num_items(labels, ignore_index)
+    factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight
+    factor = factor / num_items / (1 + kd_weight)
+    ce, kd, grad = rows_with_gradient(
+        factor, factor * kd_weight, student.detach(), teacher, labels, *options
+    )
+    found = reduce_rows(ce, kd, labels, kd_weight, ignore_index, weight, num_items)
+    return found._replace(loss=WithGradient.apply(student, found.loss, grad))
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:

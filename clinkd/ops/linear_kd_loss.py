@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clinkd.ops._checks import check_head, check_labels, check_options, check_rows, check_vocab_size
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
+from clinkd.ops._kd_cluster import rows_with_gradient, why_not_cluster
 from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
 from clinkd.ops._linear_kd_triton import LinearKDTriton
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
@@ -156,6 +157,12 @@ def _chunk(
     wide = torch.promote_types(dtype, target.dtype)
     logits, target = logits.to(wide), target.to(wide)
     options = operator_options(*kind)
+    scaled = factor / (1 + kd_weight)
+    if needs_grad and group is None and impl == "cuda" and not why_not_cluster(logits, target):
+        ce, kd, grad = rows_with_gradient(
+            scaled, scaled * kd_weight, logits, target, labels, *options, grad=logits
+        )
+        return torch.stack([(ce * factor).sum(), (kd * factor).sum()]), grad.to(dtype)
     if group is None:
         ce, kd, statistics = torch.ops.clinkd.kd_rows(logits, target, labels, *options)
     else:
@@ -164,6 +171,5 @@ def _chunk(
     sums = torch.stack([(ce * factor).sum(), (kd * factor).sum()])
     if not needs_grad:
         return sums, None
-    factor = factor / (1 + kd_weight)
-    gradient_in_place(factor, factor * kd_weight, logits, target, labels, statistics, *options)
+    gradient_in_place(scaled, scaled * kd_weight, logits, target, labels, statistics, *options)
     return sums, logits.to(dtype)

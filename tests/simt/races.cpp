@@ -23,8 +23,10 @@ std::unordered_map<uintptr_t, Byte> bytes;
 
 bool same_thread(const Place& a, const Place& b) { return a.thread == b.thread && a.block == b.block; }
 
-// Whether `now` did not wait for the access before it. Blocks never wait for each other.
+// Whether `now` did not wait for the access before it. Only blocks of a cluster wait for each other.
 bool beside(const Place& before, const Place& now) {
+  if (before.cluster != now.cluster) return true;
+  if (before.cluster_barriers != now.cluster_barriers) return false;
   if (before.block != now.block) return true;
   if (before.barriers != now.barriers) return false;
   return before.thread / 32 != now.thread / 32 || before.warp_syncs >= now.warp_syncs;

@@ -1,4 +1,4 @@
-// Runs a grid on one CPU thread: a fiber for each CUDA thread, one block at a time.
+// Runs a grid on one CPU thread: a fiber for each CUDA thread, one block or cluster at a time.
 //
 // A thread runs until it waits for others (a barrier, a shuffle) or ends; then the schedule says who
 // goes on. What is wrong in a kernel with too few barriers shows only under some of the schedules.
@@ -6,12 +6,10 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <memory>
-#include <string>
-#include <vector>
+#include <map>
+#include <set>
 
-#include "fiber.h"
-#include "simt.h"
+#include "machine.h"
 
 simt::Index threadIdx, blockIdx;
 simt::Dimensions blockDim, gridDim;
@@ -19,88 +17,14 @@ simt::Dimensions blockDim, gridDim;
 namespace simt {
 namespace {
 
-enum Order { kForward, kReverse, kShuffled, kWarpsUp, kWarpsDown };
-
-// Threads that wait for each other in a warp.
-struct Meeting {
-  unsigned mask = 0, arrived = 0, round = 0;
-  const char* site = "";
-  uint64_t brought[2][32];  // of this round and of the one before, which may still be read
-};
-
-struct Thread {
-  Fiber fiber;
-  const char* waits_at = nullptr;
-  bool at_barrier = false;
-  unsigned warp_syncs = 0;
-};
-
-struct Machine {
-  Order order = kForward;
-  uint64_t random = 0;
-  std::string dropped, error;
-
-  std::function<void()> body;
-  Fiber main;
-  std::vector<std::unique_ptr<Thread>> threads;
-  std::vector<bool> ready;
-  std::vector<std::vector<Meeting>> meetings;  // of each warp
-  std::vector<std::pair<const char*, void*>> shared;  // by place in the source
-  void* dynamic = nullptr;
-  Fiber* previous = nullptr;
-  unsigned count = 0, current = 0, waiting = 0, ended = 0, barriers = 0;
-  bool running = false, atomic = false;
-};
 Machine machine;
-
-uint64_t next_random() {  // xorshift64* (Vigna 2016, arXiv:1402.6246)
-  uint64_t& x = machine.random;
-  x ^= x >> 12, x ^= x << 25, x ^= x >> 27;
-  return x * 2685821657736338717ull;
-}
-
-// A ready thread, or -1.
-int choose() {
-  const int count = static_cast<int>(machine.count), current = static_cast<int>(machine.current);
-  const auto& ready = machine.ready;
-  switch (machine.order) {
-    case kForward:
-      for (int i = 1; i <= count; ++i)
-        if (ready[(current + i) % count]) return (current + i) % count;
-      return -1;
-    case kReverse:
-      for (int i = 1; i <= count; ++i)
-        if (ready[(current - i + count) % count]) return (current - i + count) % count;
-      return -1;
-    case kShuffled: {
-      const int start = static_cast<int>(next_random() % count);
-      for (int i = 0; i < count; ++i)
-        if (ready[(start + i) % count]) return (start + i) % count;
-      return -1;
-    }
-    case kWarpsUp:
-      for (int i = 0; i < count; ++i)
-        if (ready[i]) return i;
-      return -1;
-    default:
-      for (int i = count - 1; i >= 0; --i)
-        if (ready[i]) return i;
-      return -1;
-  }
-}
-
-bool is_dropped(const std::string& site) {
-  const std::string& end = machine.dropped;
-  return !end.empty() && site.size() >= end.size() &&
-         site.compare(site.size() - end.size(), end.size(), end) == 0;
-}
-
-Fiber& fiber_of_current() { return machine.threads[machine.current]->fiber; }
 
 void place_thread(unsigned index) {
   machine.current = index;
-  threadIdx = {index % blockDim.x, index / blockDim.x % blockDim.y,
-               index / blockDim.x / blockDim.y};
+  const unsigned local = machine.local();
+  threadIdx = {local % blockDim.x, local / blockDim.x % blockDim.y,
+               local / blockDim.x / blockDim.y};
+  blockIdx = machine.block().index;
 }
 
 void switch_from(Fiber& from, Fiber& to) {
@@ -111,7 +35,7 @@ void switch_from(Fiber& from, Fiber& to) {
 // Let others run; comes back when this thread is chosen again.
 void give_way() {
   const unsigned self = machine.current;
-  const int next = choose();
+  const int next = machine.choose();
   if (next < 0) {
     std::string stuck;
     for (unsigned i = 0; i < machine.count && stuck.size() < 300; ++i)
@@ -120,79 +44,105 @@ void give_way() {
     fail("no thread can go on:%s", stuck.c_str());
   }
   if (static_cast<unsigned>(next) != self) {
-    Fiber& from = fiber_of_current();
+    Fiber& from = machine.thread().fiber;
     place_thread(next);
-    switch_from(from, fiber_of_current());
+    switch_from(from, machine.thread().fiber);
   }
 }
 
 // Release the barrier when every thread is there.
-void check_barrier() {
-  if (machine.waiting == 0 || machine.waiting + machine.ended < machine.count) return;
+void check_barrier(Gathering& all) {
+  if (all.waiting == 0 || all.waiting + all.ended < all.count) return;
   const char* site = nullptr;
-  for (unsigned i = 0; i < machine.count; ++i) {
-    Thread& thread = *machine.threads[i];
-    if (!thread.at_barrier) continue;
-    if (site && std::strcmp(site, thread.waits_at) != 0)
+  for (unsigned i = all.first; i < all.first + all.count; ++i) {
+    const Thread& thread = *machine.threads[i];
+    if (thread.waits_in != &all) continue;
+    if (site && std::strcmp(site, thread.waits_at))
       fail("threads wait at different barriers: %s and %s", site, thread.waits_at);
     site = thread.waits_at;
   }
-  if (machine.ended) fail("%u threads ended without the barrier at %s", machine.ended, site);
-  for (unsigned i = 0; i < machine.count; ++i) {
-    machine.threads[i]->at_barrier = false;
+  if (all.ended) fail("%u threads ended without the barrier at %s", all.ended, site);
+  for (unsigned i = all.first; i < all.first + all.count; ++i) {
+    machine.threads[i]->waits_in = nullptr;
     machine.threads[i]->waits_at = nullptr;
-    machine.ready[i] = true;
+    machine.ready.add(i);
   }
-  machine.waiting = 0;
-  ++machine.barriers;
+  all.waiting = 0;
+  ++all.passed;
+}
+
+void wait_in(Gathering& all, const char* site) {
+  machine.thread().waits_at = site;
+  machine.thread().waits_in = &all;
+  machine.ready.remove(machine.current);
+  ++all.waiting;
+  check_barrier(all);
+  give_way();
 }
 
 void run_thread() {
   Fiber::arrived(*machine.previous);
   machine.body();
-  machine.ready[machine.current] = false;
-  ++machine.ended;
-  if (machine.ended == machine.count) {
-    switch_from(fiber_of_current(), machine.main);
+  Block& block = machine.block();
+  machine.ready.remove(machine.current);
+  ++block.gathering.ended;
+  ++machine.cluster.ended;
+  if (machine.cluster.ended == machine.count) {
+    switch_from(machine.thread().fiber, machine.main);
   } else {
-    check_barrier();
+    if (block.ended()) block.leave();
+    check_barrier(block.gathering);
+    check_barrier(machine.cluster);
     give_way();
   }
   abort();  // an ended thread is never chosen
 }
 
-void* fresh_memory(size_t bytes) {
+Region fresh_memory(const char* site, size_t bytes) {
   void* place = std::memset(std::malloc(bytes), 0xff, bytes);
   forget_accesses(place, bytes);
-  return place;
+  return {site, static_cast<char*>(place), bytes};
 }
 
-void forget_block() {
-  for (auto& entry : machine.shared) std::free(entry.second);
-  machine.shared.clear();
-  std::free(machine.dynamic);
-  machine.dynamic = nullptr;
+void* shared_place(Block& block, const char* site, size_t bytes) {
+  for (const Region& region : block.shared)
+    if (std::strcmp(region.site, site) == 0) return region.begin;
+  block.shared.push_back(fresh_memory(site, bytes));
+  return block.shared.back().begin;
 }
 
-bool run_block(size_t dynamic_bytes) {
-  const unsigned count = machine.count;
+void forget_blocks() {
+  for (const Block& block : machine.blocks) {
+    for (const Region& region : block.shared) std::free(region.begin);
+    std::free(block.dynamic.begin);
+  }
+  machine.blocks.clear();
+}
+
+// Run these blocks, all at once.
+bool run_cluster(const std::vector<Index>& blocks, size_t dynamic_bytes) {
+  const unsigned each = machine.block_threads;
+  const unsigned count = machine.count = each * static_cast<unsigned>(blocks.size());
+  for (const Index& index : blocks) {
+    machine.blocks.push_back({index, {static_cast<unsigned>(machine.blocks.size()) * each, each}});
+    if (dynamic_bytes) machine.blocks.back().dynamic = fresh_memory("dynamic", dynamic_bytes);
+  }
   while (machine.threads.size() < count) machine.threads.push_back(std::make_unique<Thread>());
   for (unsigned i = 0; i < count; ++i) {
     machine.threads[i]->fiber.start(run_thread);
     machine.threads[i]->waits_at = nullptr;
-    machine.threads[i]->at_barrier = false;
+    machine.threads[i]->waits_in = nullptr;
     machine.threads[i]->warp_syncs = 0;
   }
-  machine.ready.assign(count, true);
-  machine.meetings.assign((count + 31) / 32, {});
-  machine.waiting = machine.ended = machine.barriers = 0;
-  if (dynamic_bytes) machine.dynamic = fresh_memory(dynamic_bytes);
+  machine.ready.fill(count);
+  machine.meetings.assign((each + 31) / 32 * blocks.size(), {});
+  machine.cluster = {0, count};
   machine.current = machine.order == kReverse ? 0 : count - 1;  // the one before the first
-  place_thread(choose());
+  place_thread(machine.choose());
   machine.running = true;
-  switch_from(machine.main, fiber_of_current());
+  switch_from(machine.main, machine.thread().fiber);
   machine.running = machine.atomic = false;
-  forget_block();
+  forget_blocks();
   return machine.error.empty();
 }
 
@@ -205,28 +155,46 @@ void fail(const char* format, ...) {
   vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
   machine.error = "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
-                  "), thread " + std::to_string(machine.current) + ": " + text;
-  switch_from(fiber_of_current(), machine.main);
+                  "), thread " + std::to_string(machine.local()) + ": " + text;
+  switch_from(machine.thread().fiber, machine.main);
   abort();
 }
 
-unsigned lane() { return machine.current % 32; }
+unsigned lane() { return machine.local() % 32; }
 
 void barrier(const char* site) {
-  if (is_dropped(site)) return;
-  Thread& self = *machine.threads[machine.current];
-  self.waits_at = site;
-  self.at_barrier = true;
-  machine.ready[machine.current] = false;
-  ++machine.waiting;
-  check_barrier();
-  give_way();
+  if (!machine.is_dropped(site)) wait_in(machine.block().gathering, site);
+}
+
+void cluster_barrier(const char* file, int line) {
+  static std::set<std::string> sites;
+  const std::string& site = *sites.insert(std::string(file) + ":" + std::to_string(line)).first;
+  if (!machine.is_dropped(site)) wait_in(machine.cluster, site.c_str());
+}
+
+unsigned cluster_size() { return static_cast<unsigned>(machine.blocks.size()); }
+unsigned cluster_rank() { return machine.current / machine.block_threads; }
+
+void* peer_place(const void* own, unsigned rank) {
+  if (rank >= cluster_size()) fail("block %u of a cluster of %u", rank, cluster_size());
+  Block& self = machine.block();
+  Block& peer = machine.blocks[rank];
+  if (&peer != &self && machine.cluster.passed == 0)
+    fail("block %u of the cluster may not run yet: no cluster barrier before", rank);
+  if (&peer != &self && peer.ended()) fail("block %u of the cluster has ended", rank);
+  if (self.dynamic.holds(own))
+    return peer.dynamic.begin + (static_cast<const char*>(own) - self.dynamic.begin);
+  for (const Region& region : self.shared)
+    if (region.holds(own))
+      return static_cast<char*>(shared_place(peer, region.site, region.size)) +
+             (static_cast<const char*>(own) - region.begin);
+  fail("an address outside of shared memory has no other in the cluster");
 }
 
 const uint64_t* meet(const char* site, unsigned mask, uint64_t brought) {
-  const unsigned self = machine.current, first = self / 32 * 32, bit = 1u << self % 32;
+  const unsigned self = machine.current, bit = 1u << lane(), first = self - lane();
   if (!(mask & bit)) fail("this thread is not in its own mask %#x at %s", mask, site);
-  auto& warp = machine.meetings[self / 32];
+  auto& warp = machine.meetings[machine.warp()];
   auto found = std::find_if(warp.begin(), warp.end(), [&](auto& m) { return m.mask == mask; });
   if (found == warp.end()) {
     warp.push_back({});
@@ -241,21 +209,21 @@ const uint64_t* meet(const char* site, unsigned mask, uint64_t brought) {
     fail("threads of a warp meet at different places: %s and %s", found->site, site);
   }
   const unsigned round = found->round % 2;
-  found->brought[round][self % 32] = brought;
+  found->brought[round][lane()] = brought;
   found->arrived |= bit;
-  machine.ready[self] = false;
+  machine.ready.remove(self);
   machine.threads[self]->waits_at = site;
   if (found->arrived == mask) {
     found->arrived = 0;
     ++found->round;
-    for (unsigned i = 0; i < 32 && first + i < machine.count; ++i)
+    for (unsigned i = 0; i < 32 && machine.local() - lane() + i < machine.block_threads; ++i)
       if (mask >> i & 1) {
-        machine.ready[first + i] = true;
+        machine.ready.add(first + i);
         machine.threads[first + i]->waits_at = nullptr;
       }
   }
   give_way();
-  return machine.meetings[self / 32][number].brought[round];
+  return warp[number].brought[round];
 }
 
 unsigned ballot(const char* site, unsigned mask, bool vote) {
@@ -268,47 +236,56 @@ unsigned ballot(const char* site, unsigned mask, bool vote) {
 
 void sync_warp(const char* site, unsigned mask) {
   meet(site, mask, 0);
-  ++machine.threads[machine.current]->warp_syncs;
+  ++machine.thread().warp_syncs;
 }
 
 Atomic::Atomic() { machine.atomic = true; }
 Atomic::~Atomic() { machine.atomic = false; }
 
 bool where(const void* address, Place& place) {
-  if (!machine.running || fiber_of_current().holds(address)) return false;
+  if (!machine.running || machine.thread().fiber.holds(address)) return false;
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-  place = {machine.current, block, machine.barriers, machine.threads[machine.current]->warp_syncs,
-           machine.atomic};
+  place = {machine.local(), block, machine.cluster_number, machine.block().gathering.passed,
+           machine.cluster.passed, machine.thread().warp_syncs, machine.atomic};
   return true;
 }
 
 void* shared_place(const char* site, size_t bytes) {
-  for (auto& [known, place] : machine.shared)
-    if (std::strcmp(known, site) == 0) return place;
-  machine.shared.emplace_back(site, fresh_memory(bytes));
-  return machine.shared.back().second;
+  return shared_place(machine.block(), site, bytes);
 }
 
-void* dynamic_place() { return machine.dynamic; }
+void* dynamic_place() { return machine.block().dynamic.begin; }
+size_t& dynamic_limit(const void* kernel) {
+  static std::map<const void*, size_t> limits;
+  return limits.emplace(kernel, 48 * 1024).first->second;
+}
 
-bool run_grid(Dimensions grid, Dimensions block, size_t dynamic_bytes, std::function<void()> body) {
+bool run_grid(Dimensions grid, Dimensions block, size_t dynamic_bytes, unsigned cluster,
+              std::function<void()> body) {
   forget_accesses();
   gridDim = grid;
   blockDim = block;
-  machine.count = block.x * block.y * block.z;
+  machine.block_threads = block.x * block.y * block.z;
   machine.body = std::move(body);
-  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
-  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
+  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z / cluster);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   if (machine.order == kReverse || machine.order == kWarpsDown)
-    std::reverse(blocks.begin(), blocks.end());
+    std::reverse(order.begin(), order.end());
   if (machine.order == kShuffled)
-    for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[next_random() % i]);
-  for (uint64_t i : blocks) {
-    blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                static_cast<unsigned>(i / grid.x / grid.y)};
-    if (!run_block(dynamic_bytes)) return false;
+    for (size_t i = order.size(); i > 1; --i)
+      std::swap(order[i - 1], order[machine.next_random() % i]);
+  for (uint64_t number : order) {
+    machine.cluster_number = static_cast<unsigned>(number);
+    std::vector<Index> blocks;
+    for (uint64_t i = number * cluster; i < (number + 1) * cluster; ++i)
+      blocks.push_back({static_cast<unsigned>(i % grid.x),
+                        static_cast<unsigned>(i / grid.x % grid.y),
+                        static_cast<unsigned>(i / grid.x / grid.y)});
+    if (!run_cluster(blocks, dynamic_bytes)) break;
   }
-  return true;
+  // a stack is two mappings, of which the system allows a process 65,530: keep those of one block
+  if (machine.threads.size() > 1024) machine.threads.resize(1024);
+  return machine.error.empty();
 }
 
 }  // namespace simt

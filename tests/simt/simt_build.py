@@ -20,7 +20,7 @@ RACES = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-nod
 RACES += ["-Wl,--no-undefined", "-lstdc++", "-lm", "-lc", "-lgcc_s"]
 SCALARS = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "int": ctypes.c_int}
 ENTRY = re.compile(r"^int (\w+_cuda)\(const (\w+)& args, void\* stream\) \{", re.MULTILINE)
-BARRIER = re.compile(r"__syncthreads\(\)")
+BARRIER = re.compile(r"__syncthreads\(\)|\bcluster\.sync\(\)")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _with_headers(folder: Path, sources: tuple[str, ...]) -> dict[str, str]:
 
 
 def _own_files() -> list[Path]:
-    names = ("runtime.cpp", "races.cpp", "fiber.h")
+    names = ("runtime.cpp", "races.cpp", "machine.h", "fiber.h")
     return [*(HERE / name for name in names), *sorted((HERE / "include").iterdir())]
 
 

@@ -11,7 +11,8 @@ PROBES = Path(__file__).parent / "probes"
 KERNELS = (
     "block_sum", "exchange", "count_distinct", "barrier_in_a_branch", "two_barriers",
     "lane_that_is_gone", "foreign_mask", "shared_past_the_end", "rounded",
-    "through_memory", "one_place_for_all_blocks",
+    "through_memory", "one_place_for_all_blocks", "cluster_sum", "from_a_neighbour",
+    "no_shared_memory",
 )  # fmt: skip
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.order} {s.seed}")
 
@@ -26,12 +27,15 @@ def races(simt):
     return simt("probes.cu", folder=PROBES, races=True)
 
 
-def fields(kernel, given, out, words=None, blocks=1, threads=64, dynamic_bytes=0):
+def fields(
+    kernel, given, out, words=None, blocks=1, threads=64, dynamic_bytes=0, cluster=1, **more
+):
     """`ProbeArgs` of a kernel."""
     return {
         "in": given, "out": out, "words": words, "size": given.numel(), "blocks": blocks,
-        "threads": threads, "dynamic_bytes": dynamic_bytes, "which": KERNELS.index(kernel),
-    }  # fmt: skip
+        "threads": threads, "dynamic_bytes": dynamic_bytes, "cluster": cluster,
+        "which": KERNELS.index(kernel),
+    } | more  # fmt: skip
 
 
 def run(machine, kernel, given, out, schedule=SCHEDULES[0], **more):
@@ -112,11 +116,79 @@ def test_broken_rules_are_errors(machine, kernel, message, schedule):
 
 
 @pytest.mark.parametrize(
-    "launch", [{"threads": 1025}, {"threads": 0}, {"blocks": 0}, {"dynamic_bytes": 49_153}]
-)
+    "launch",
+    [
+        {"threads": 1025}, {"threads": 0}, {"blocks": 0}, {"dynamic_bytes": 49_153},
+        {"blocks": 9, "cluster": 9}, {"blocks": 3, "cluster": 2}, {"cluster": 0},
+    ],
+)  # fmt: skip
 def test_launches_that_a_gpu_refuses(machine, launch):
     with pytest.raises(Fault, match="CUDA error 9"):
         run(machine, "block_sum", torch.zeros(64), torch.zeros(1), **launch)
+
+
+@each_schedule
+def test_clusters(machine, schedule):
+    given = torch.randint(-50, 50, (12 * 64,)).float()
+    found = run(
+        machine, "cluster_sum", given, torch.full((12,), torch.nan), schedule, blocks=12, cluster=4
+    )
+    sums = given.view(3, 4 * 64).sum(1)
+    assert torch.equal(found, sums.repeat_interleave(4))
+    options = {"blocks": 12, "cluster": 4, "dynamic_bytes": 256, "size": 3}
+    found = run(machine, "from_a_neighbour", given, given.clone().fill_(torch.nan), schedule,
+                **options)  # fmt: skip
+    assert torch.equal(found.view(3, 4, 64), given.view(3, 4, 64).flip(1, 2))
+
+
+def cluster_faults(machine, kernel, given, out, dropped, **options):
+    """Messages, by schedule, of a launch with a barrier left out."""
+    messages = []
+    for s in SCHEDULES:
+        try:
+            run(machine, kernel, given, out, Schedule(s.order, s.seed, dropped), **options)
+            messages.append("")
+        except Fault as fault:
+            messages.append(str(fault))
+    return messages
+
+
+def test_broken_rules_of_clusters_are_errors(machine):
+    first, second, filled, read = [b for b in machine.built.barriers if b in cluster_sites()][:4]
+    given, out = torch.ones(128), torch.full((128,), torch.nan)
+    options = {"blocks": 2, "cluster": 2}
+    found = cluster_faults(machine, "cluster_sum", given, out, first, **options)
+    assert all("may not run yet: no cluster barrier before" in message for message in found)
+    found = cluster_faults(machine, "cluster_sum", given, out, second, **options)
+    assert any(found) or out[:2].tolist() != [128, 128]
+    options |= {"dynamic_bytes": 256, "size": 1}
+    found = cluster_faults(machine, "from_a_neighbour", given, out, read, **options)
+    assert any("of the cluster has ended" in message for message in found)
+    found = cluster_faults(machine, "from_a_neighbour", given, out, filled, **options)
+    assert all("may not run yet" in message for message in found)
+    options["size"] = 6
+    with pytest.raises(Fault, match="of a cluster of 2"):
+        run(machine, "from_a_neighbour", given, out, **options)
+    with pytest.raises(Fault, match="outside of shared memory"):
+        run(machine, "no_shared_memory", given, out, **options)
+
+
+@each_schedule
+def test_races_in_a_cluster(races, schedule):
+    given, out = torch.ones(128), torch.full((128,), torch.nan)
+    options = {"blocks": 2, "cluster": 2}
+    assert run(races, "cluster_sum", given, out, schedule, **options)[:2].tolist() == [128, 128]
+    options |= {"dynamic_bytes": 256, "size": 1}
+    run(races, "from_a_neighbour", given, out, schedule, **options)
+    dropped = Schedule(schedule.order, schedule.seed, cluster_sites()[1])
+    with pytest.raises(Fault, match="a race: thread"):
+        run(races, "cluster_sum", given, out, dropped, blocks=2, cluster=2)
+
+
+def cluster_sites():
+    """Barriers of clusters in the probes: two of cluster_sum, two of from_a_neighbour, one more."""
+    lines = (PROBES / "probes.cu").read_text(encoding="utf-8").splitlines()
+    return [f"probes.cu:{n}" for n, line in enumerate(lines, 1) if "cluster.sync()" in line]
 
 
 @each_schedule

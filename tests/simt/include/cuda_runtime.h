@@ -24,10 +24,31 @@ enum cudaError_t {
 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
+// A kernel may have 48 KB of dynamic shared memory, and up to 227 KB (sm_90) when asked for.
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || bytes > 227 * 1024) return cudaErrorInvalidValue;
+  simt::dynamic_limit(reinterpret_cast<const void*>(kernel)) = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+union cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;  // clusters along x, of at most 8 blocks
+  unsigned numAttrs;
 };
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -35,10 +56,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const dim3 grid = config->gridDim, block = config->blockDim;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.x > INT32_MAX || grid.y == 0 ||
-      grid.y > 65535 || grid.z == 0 || grid.z > 65535 || config->dynamicSmemBytes > 48 * 1024)
+      grid.y > 65535 || grid.z == 0 || grid.z > 65535 ||
+      config->dynamicSmemBytes > simt::dynamic_limit(reinterpret_cast<const void*>(kernel)))
     return cudaErrorInvalidConfiguration;
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto size = config->attrs[i].val.clusterDim;
+    cluster = size.x;
+    if (cluster == 0 || cluster > 8 || size.y != 1 || size.z != 1 || grid.x % cluster)
+      return cudaErrorInvalidConfiguration;
+  }
   const bool done =
-      simt::run_grid(grid, block, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+      simt::run_grid(grid, block, config->dynamicSmemBytes, cluster, [&] { kernel(arguments...); });
   return done ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

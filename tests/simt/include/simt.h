@@ -1,5 +1,5 @@
 // What stands for CUDA's execution model when a .cu file is compiled as plain C++: every CUDA thread
-// is a fiber on one CPU thread, blocks run one after another. See runtime.cpp.
+// is a fiber on one CPU thread, blocks or clusters of them run one after another. See runtime.cpp.
 #pragma once
 
 #include <cstddef>
@@ -19,12 +19,20 @@ struct Dimensions {
 
 // `body` once for each thread of the grid. False, with `simt_error` saying why, where CUDA's rules
 // are broken: a barrier that not all threads reach, a shuffle with a thread that is gone, …
-bool run_grid(Dimensions grid, Dimensions block, size_t dynamic_bytes, std::function<void()> body);
+// `cluster`: how many blocks, neighbours in x, run together.
+bool run_grid(Dimensions grid, Dimensions block, size_t dynamic_bytes, unsigned cluster,
+              std::function<void()> body);
 
 // End the launch with a message; does not return to the kernel.
 [[noreturn]] void fail(const char* format, ...);
 
 void barrier(const char* site);
+void cluster_barrier(const char* file, int line);
+unsigned cluster_size();
+unsigned cluster_rank();
+// Where block `rank` of the cluster has what this one has at `own`, a place in shared memory. Legal
+// once all of them run, which a cluster's barrier says, and until that block has ended.
+void* peer_place(const void* own, unsigned rank);
 
 // All threads of `mask` in this warp meet. Gives what the 32 lanes brought; lanes outside the mask
 // brought nothing, all bits set.
@@ -35,6 +43,7 @@ unsigned lane();
 // bits set (a NaN), with the sanitizer's guards at both ends.
 void* shared_place(const char* site, size_t bytes);
 void* dynamic_place();
+size_t& dynamic_limit(const void* kernel);  // bytes of it that a launch may have
 template <typename T>
 T& shared(const char* site) {
   return *static_cast<T*>(shared_place(site, sizeof(T)));
@@ -83,7 +92,7 @@ struct Atomic {
 
 // Who accesses memory now, and how often it has waited for others; for races.cpp.
 struct Place {
-  unsigned thread, block, barriers, warp_syncs;
+  unsigned thread, block, cluster, barriers, cluster_barriers, warp_syncs;
   bool atomic;
 };
 // False outside of a kernel, and for what lies on the thread's own stack.

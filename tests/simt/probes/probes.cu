@@ -1,5 +1,6 @@
 #include "probes.h"
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -98,18 +99,57 @@ __global__ void one_place_for_all_blocks(const ProbeArgs a) {
   if (threadIdx.x == 0) a.out[0] = a.in[0];
 }
 
+// Sum of the cluster's inputs, 64 a block: each block tells all others its own.
+__global__ void cluster_sum(const ProbeArgs a) {
+  __shared__ float parts[8];
+  const auto cluster = cooperative_groups::this_cluster();
+  cluster.sync();
+  if (threadIdx.x < cluster.num_blocks()) {
+    float own = 0.0f;
+    for (int i = 0; i < 64; ++i) own += a.in[blockIdx.x * 64 + i];
+    *cluster.map_shared_rank(parts + cluster.block_rank(), threadIdx.x) = own;
+  }
+  cluster.sync();
+  float sum = 0.0f;
+  for (unsigned i = 0; i < cluster.num_blocks(); ++i) sum += parts[i];
+  if (threadIdx.x == 0) a.out[blockIdx.x] = sum;
+}
+
+// What a neighbour has, `a.size` blocks on, in memory that the launch sizes.
+__global__ void from_a_neighbour(const ProbeArgs a) {
+  extern __shared__ float own[];
+  const auto cluster = cooperative_groups::this_cluster();
+  own[threadIdx.x] = a.in[blockIdx.x * 64 + threadIdx.x];
+  cluster.sync();
+  const float* other = cluster.map_shared_rank(own, cluster.block_rank() ^ a.size);
+  a.out[blockIdx.x * 64 + threadIdx.x] = other[63 - threadIdx.x];
+  cluster.sync();
+}
+
+__global__ void no_shared_memory(const ProbeArgs a) {
+  const auto cluster = cooperative_groups::this_cluster();
+  cluster.sync();
+  *cluster.map_shared_rank(a.out, 0) = 1.0f;
+}
+
 }  // namespace
 
 int probe_cuda(const ProbeArgs& args, void* stream) {
   void (*const kernels[])(ProbeArgs) = {
       block_sum,         exchange,     count_distinct,      barrier_in_a_branch, two_barriers,
       lane_that_is_gone, foreign_mask, shared_past_the_end, rounded,
-      through_memory,    one_place_for_all_blocks};
+      through_memory,    one_place_for_all_blocks,  cluster_sum,         from_a_neighbour,
+      no_shared_memory};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(args.blocks));
   config.blockDim = dim3(static_cast<unsigned>(args.threads));
   config.dynamicSmemBytes = static_cast<size_t>(args.dynamic_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(args.cluster), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernels[args.which], args));
 }
 

@@ -13,6 +13,7 @@ struct ProbeArgs {
   int blocks;
   int threads;
   int dynamic_bytes;
+  int cluster;  // blocks of one
   int which;
 };
 

@@ -1,0 +1,63 @@
+// Launch of the distillation loss's kernels for clusters of blocks, sm_90.
+
+#include "kd_loss_cluster.cuh"
+#include "launch.cuh"
+
+namespace clinkd {
+namespace {
+
+constexpr int64_t kScaleBlocks = 1024;  // several for each multiprocessor
+
+template <typename T, int POWER>
+int run(const KDArgs& a, void* stream) {
+  const dim3 grid(static_cast<unsigned>(a.rows * kKDCluster));
+  const size_t bytes = static_cast<size_t>(kd_cluster_bytes(a.student_columns, sizeof(T)));
+  return launch(kd_cluster_kernel<T, 16 / sizeof(T), POWER>, grid, kKDThreads, stream, a, bytes,
+                kKDCluster);
+}
+
+template <typename T>
+int with_power(const KDArgs& a, void* stream) {
+  if (!kd_whole_packs(a, sizeof(T)) || a.rows > INT32_MAX / kKDCluster ||
+      kd_cluster_bytes(a.student_columns, sizeof(T)) > kKDClusterBytes)
+    return static_cast<int>(cudaErrorInvalidValue);
+  const bool same = a.student_columns == a.teacher_columns;
+  if (same && a.temperature == 1.0f) return run<T, 1>(a, stream);
+  if (same && a.temperature == 2.0f) return run<T, 2>(a, stream);
+  return run<T, 0>(a, stream);
+}
+
+template <typename T>
+int scale(const KDArgs& a, void* stream) {
+  if (!kd_whole_packs(a, sizeof(T))) return static_cast<int>(cudaErrorInvalidValue);
+  const dim3 grid(static_cast<unsigned>(a.rows < kScaleBlocks ? a.rows : kScaleBlocks));
+  return launch(kd_scale_kernel<T, 16 / sizeof(T)>, grid, kKDThreads, stream, a);
+}
+
+}  // namespace
+
+int kd_cluster_cuda(const KDArgs& args, void* stream) {
+  if (args.rows == 0) return 0;
+  switch (args.type) {
+    case kFloat32:
+      return with_power<float>(args, stream);
+    case kFloat16:
+      return with_power<__half>(args, stream);
+    default:
+      return with_power<__nv_bfloat16>(args, stream);
+  }
+}
+
+int kd_scale_cuda(const KDArgs& args, void* stream) {
+  if (args.rows == 0) return 0;
+  switch (args.type) {
+    case kFloat32:
+      return scale<float>(args, stream);
+    case kFloat16:
+      return scale<__half>(args, stream);
+    default:
+      return scale<__nv_bfloat16>(args, stream);
+  }
+}
+
+}  // namespace clinkd
