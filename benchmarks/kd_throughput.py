@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clinkd.ops import kd_loss, linear_kd_loss
-from clinkd.ops._kd_cluster import SWITCH, why_no_clusters
+from clinkd.ops._kd_at_once import SWITCH, why_no_clusters
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a file
 from benchmarks.common import Step, arguments, machine, peak_mib, save, time_in_turn, wall_clock

@@ -85,7 +85,7 @@ def _extension() -> Iterator[str]:
 def _ops() -> Iterator[str]:
     import torch
 
-    from clinkd.ops._kd_cluster import SWITCH, why_no_clusters
+    from clinkd.ops._kd_at_once import SWITCH, why_no_clusters
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield f"{'op on ' + device.type:26} {'takes':12} because"

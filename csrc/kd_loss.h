@@ -85,6 +85,8 @@ void kd_statistics_cpu(const KDArgs& args, int threads);
 // kMean into `ce`. Each adds up over parts of the columns.
 void kd_divergence_cpu(const KDArgs& args, int threads);
 void kd_gradient_cpu(const KDArgs& args, int threads);
+// Statistics and gradient, a row at a time, so that its logits are still in a cache.
+void kd_at_once_cpu(const KDArgs& args, int threads);
 int kd_statistics_cuda(const KDArgs& args, void* stream);  // 0, or a CUDA error
 int kd_divergence_cuda(const KDArgs& args, void* stream);
 int kd_gradient_cuda(const KDArgs& args, void* stream);

@@ -66,6 +66,7 @@ void bind_kd_loss(pybind11::module_& m) {
   m.def("kd_statistics_cpu", on_cpu<kd_statistics_cpu>);
   m.def("kd_divergence_cpu", on_cpu<kd_divergence_cpu>);
   m.def("kd_gradient_cpu", on_cpu<kd_gradient_cpu>);
+  m.def("kd_at_once_cpu", on_cpu<kd_at_once_cpu>);
   m.def("kd_cluster_bytes", kd_cluster_bytes);
   m.attr("kd_cluster_most_bytes") = kKDClusterBytes;
 #ifdef CLINKD_WITH_CUDA

@@ -65,11 +65,26 @@ CLINKD_INLINE float fill(const T* row, int count, float cap, float* block) {
   return largest(top);
 }
 
-// `count` floats of a block, which holds a multiple of W, as elements.
+// Whether `count` elements from `out` on are better written past the caches: too many to be read
+// from them later, and on 16 bytes.
 template <typename T>
-CLINKD_INLINE void empty_out(const float* block, int count, T* out) {
+CLINKD_INLINE bool can_stream(const T* out, int64_t count) {
+  return count * int64_t(sizeof(T)) >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+}
+
+// `count` floats of a block, which holds a multiple of W, as elements; `past_caches`: where `out`
+// lies on 16 bytes.
+template <typename T>
+CLINKD_INLINE void empty_out(const float* block, int count, T* out, bool past_caches) {
   int i = 0;
-  for (; i + W <= count; i += W) store<W>(out + i, load<W>(block + i));
+  for (; i + W <= count; i += W) {
+    alignas(64) T some[W];
+    store<W>(some, load<W>(block + i));
+    if (past_caches)
+      stream_out(out + i, some, sizeof(some));
+    else
+      std::memcpy(out + i, some, sizeof(some));
+  }
   if (i < count) {
     alignas(64) T rest[W];
     store<W>(rest, load<W>(block + i));

@@ -9,10 +9,6 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
 #include "rotary.h"
 #include "rotary_angle.h"
 #include "vectors.h"
@@ -24,8 +20,6 @@ constexpr int kMaxPairs = 128;
 constexpr int kFewAxes = 3;
 // under so many components a second thread costs more than it saves
 constexpr int64_t kComponentsPerThread = 16384;
-// outputs of this size do not stay in a core's own caches, so reading them for a write is a loss
-constexpr int64_t kStreamBytes = 4 << 20;
 
 // Factors of one token, for the layout of its heads.
 struct Factors {
@@ -120,15 +114,6 @@ CLINKD_INLINE bool can_stream(const RotaryArgs& a) {
   return a.out != a.x && bytes >= kStreamBytes && apart % 64 == 0;
 #else
   return false;
-#endif
-}
-
-// Write 16 bytes at a time without reading the lines first.
-CLINKD_INLINE void stream_out(void* to, const void* from, int64_t bytes) {
-#ifdef __SSE2__
-  const __m128i* source = static_cast<const __m128i*>(from);
-  __m128i* target = static_cast<__m128i*>(to);
-  for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_load_si128(source + i));
 #endif
 }
 

@@ -78,6 +78,7 @@ CLINKD_INLINE void row_gradient(const TopKArgs& a, int64_t row) {
   const float level = s[kTailTop] == -kInfinity ? 0.0f : s[kTailTop];
   const float hard = a.tail_factor[row] * s[kTailInverse];
   const float soft = a.soft_factor[row] / a.temperature * s[kTailSoftInverse];
+  const bool past_caches = a.grad != a.student && can_stream(out, a.rows * a.grad_stride);
   int64_t next = 0;
   for (int64_t begin = 0; begin < a.columns; begin += kBlock) {
     const int count = int(std::min<int64_t>(kBlock, a.columns - begin));
@@ -94,7 +95,7 @@ CLINKD_INLINE void row_gradient(const TopKArgs& a, int64_t row) {
         const F x = load<W>(z + i) * (1.0f / a.softcap);
         store<W>(grad + i, load<W>(grad + i) * (1.0f - x * x));
       }
-    empty_out(grad, count, out + begin);
+    empty_out(grad, count, out + begin, past_caches);
   }
 }
 

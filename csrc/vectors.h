@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 // One binary for every x86 processor: the loader picks the widest version that this one runs.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
 #define CLINKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -17,6 +21,9 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // everything here is inlined, so no ABI is involved
 
 namespace clinkd {
+
+// outputs of this size do not stay in a core's own caches, so reading them for a write is a loss
+constexpr int64_t kStreamBytes = 4 << 20;
 
 template <int W>
 struct Vector {
@@ -123,6 +130,15 @@ CLINKD_INLINE Floats<W> swap_neighbours(Floats<W> v) {
     static_assert(W == 16);
     return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
   }
+}
+
+// Write 16 bytes at a time past the caches, without reading the lines first. Both on 16 bytes.
+CLINKD_INLINE void stream_out(void* to, const void* from, int64_t bytes) {
+#ifdef __SSE2__
+  const __m128i* source = static_cast<const __m128i*>(from);
+  __m128i* target = static_cast<__m128i*>(to);
+  for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_load_si128(source + i));
+#endif
 }
 
 }  // namespace clinkd

@@ -103,6 +103,15 @@ def run_native(name: str, impl: str, tensor: torch.Tensor, *arguments: Any) -> N
         raise RuntimeError(f"the kernel {name}_{impl} could not start: CUDA error {error}")
 
 
+def graph_is_kept() -> bool:
+    """Whether the backward pass under way may come again; where torch does not tell, it may.
+
+    If not, a function may give its saved tensors out, changed in place.
+    """
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or bool(keeps())
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a Triton kernel cannot run for such tensors; None where it can."""
     if dtype == torch.float64:

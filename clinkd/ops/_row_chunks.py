@@ -8,6 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from clinkd.ops._impl import graph_is_kept
+
 WORKSPACE_BYTES = 512 << 20  # of logits at a time, student's and teacher's together
 LEAST_ROWS = {False: 64, True: 256}  # on a GPU: fewer would only reread the weights
 
@@ -93,12 +95,12 @@ class RowChunks(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         grads = []
-        again = _may_run_again()  # else the head's gradient need not exist twice
+        kept = graph_is_kept()  # if not, the head's gradient need not exist twice
         for present in ctx.present:
             grad = next(saved) if present else None
             if grad is not None:
                 scale = grad_loss.to(grad.dtype)
-                grad = grad * scale if again else grad.mul_(scale)
+                grad = grad * scale if kept else grad.mul_(scale)
             grads.append(grad)
         return (*grads, *([None] * 5))
 
@@ -111,9 +113,3 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         out.copy_(a @ b)
     else:
         out += a @ b
-
-
-def _may_run_again() -> bool:
-    """Whether this backward pass keeps its graph; so it is taken to where torch does not tell."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is None or bool(keeps())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clinkd.ops._checks import check_float, check_labels, check_options, check_rows
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
-from clinkd.ops._kd_cluster import WithGradient, rows_with_gradient, why_not_cluster
+from clinkd.ops._kd_at_once import WithGradient, rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import operator_options
 from clinkd.ops._vocab_parallel import VocabParallelRows
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
@@ -63,8 +63,9 @@ def kd_loss(
             of the whole vocabulary. All ranks get the loss, each the gradient of its columns.
         impl: "auto", "reference", "cpu" or "cuda". The kernels read both logits once for the loss
             and once for the gradient, and keep seven numbers a row between the two; logits of two
-            dtypes are widened to the larger first. On sm_90 with CLINKD_KD_CLUSTER=1 in the
-            environment one read gives both; one backward pass may then go through the loss.
+            dtypes are widened to the larger first. On the CPU, and on sm_90 with
+            CLINKD_KD_CLUSTER=1 in the environment, a loss whose gradient may be asked for makes it
+            in the forward pass, row by row, in one read; not of float16 logits.
 
     With CLINKD_CHECK=1 in the environment a row without a finite maximum, with a NaN or a label out
     of range is an error that names it; without, it gives NaN.
@@ -119,18 +120,16 @@ def _gradient_at_once(
     num_items: Tensor | int | None,
     impl: str,
 ) -> bool:
-    """Whether one read of the logits gives the loss and its gradient.
+    """Whether the forward pass makes the gradient too.
 
     Not of float16: what scales its loss up must do so before the gradient is rounded. Nor where the
     factors of the rows have a gradient.
     """
-    if impl != "cuda" or student.dtype == torch.float16:
-        return False
-    if not (torch.is_grad_enabled() and student.requires_grad):
+    if student.dtype == torch.float16 or not (torch.is_grad_enabled() and student.requires_grad):
         return False
     if any(isinstance(f, Tensor) and f.requires_grad for f in (weight, num_items)):
         return False
-    return why_not_cluster(student, teacher) is None
+    return why_not_at_once(impl, student, teacher) is None
 
 
 def _loss_with_gradient(
@@ -151,7 +150,7 @@ def _loss_with_gradient(
         factor, factor * kd_weight, student.detach(), teacher, labels, *options
     )
     found = reduce_rows(ce, kd, labels, kd_weight, ignore_index, weight, num_items)
-    return found._replace(loss=WithGradient.apply(student, found.loss, grad))
+    return found._replace(loss=WithGradient.apply(student, found.loss, grad, options[-1]))
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:

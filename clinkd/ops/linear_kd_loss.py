@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clinkd.ops._checks import check_head, check_labels, check_options, check_rows, check_vocab_size
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
-from clinkd.ops._kd_cluster import rows_with_gradient, why_not_cluster
+from clinkd.ops._kd_at_once import rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
 from clinkd.ops._linear_kd_triton import LinearKDTriton
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
@@ -158,7 +158,7 @@ def _chunk(
     logits, target = logits.to(wide), target.to(wide)
     options = operator_options(*kind)
     scaled = factor / (1 + kd_weight)
-    if needs_grad and group is None and impl == "cuda" and not why_not_cluster(logits, target):
+    if needs_grad and group is None and not why_not_at_once(impl, logits, target):
         ce, kd, grad = rows_with_gradient(
             scaled, scaled * kd_weight, logits, target, labels, *options, grad=logits
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clinkd.ops import kd_loss, linear_kd_loss
-from clinkd.ops._kd_cluster import SWITCH, why_no_clusters
+from clinkd.ops._kd_at_once import SWITCH, why_no_clusters
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 

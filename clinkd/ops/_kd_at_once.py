@@ -1,9 +1,9 @@
-"""`kd_loss` with its gradient in one read of the logits: a cluster of blocks a row, on sm_90.
+"""`kd_loss` with its gradient in the forward pass, a row at a time.
 
 The kernels of `_kd_loss_native` read both models' logits for the loss and again for the gradient.
-Here the gradient is written in the forward pass, at a scale of 1, and the backward pass multiplies
-it by what comes in, unless that is 1. It has not run on a GPU yet, so it needs a request,
-CLINKD_KD_CLUSTER=1.
+Here the gradient follows at once, at a scale of 1, and the backward pass multiplies it by what
+comes in, unless that is 1. On the CPU the row is still in its cache. On sm_90 a cluster of blocks
+holds it; that has not run on a GPU yet, so it needs a request, CLINKD_KD_CLUSTER=1.
 """
 
 import os
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from clinkd.ops import _kd_loss_native as native
-from clinkd.ops._impl import built, extension
+from clinkd.ops._impl import built, extension, graph_is_kept
 
 SWITCH = "CLINKD_KD_CLUSTER"
+KERNELS = {"cpu": "at_once", "cuda": "cluster"}
 
 
 def why_no_clusters(device: torch.device) -> str | None:
@@ -30,15 +31,19 @@ def why_no_clusters(device: torch.device) -> str | None:
     return None
 
 
-def why_not_cluster(student: Tensor, teacher: Tensor) -> str | None:
-    """Why the two-pass kernels run for logits of one type; None where a cluster holds a row.
+def why_not_at_once(impl: str, student: Tensor, teacher: Tensor) -> str | None:
+    """Why the two-pass kernels run for logits of one type; None where the gradient comes at once.
 
     Args:
+        impl: "cpu" or "cuda".
         student: [N, Vs].
         teacher: [N, Vt].
     """
     if torch.compiler.is_compiling():
         return "a compiled graph may not scale the gradient in place"
+    if impl == "cpu":
+        wide = student.stride(1) != 1 or teacher.stride(1) != 1
+        return "columns must lie side by side" if wide else None
     if os.environ.get(SWITCH) != "1":  # before anything that costs time
         return f"{SWITCH} is not 1"
     if reason := why_no_clusters(student.device):
@@ -76,13 +81,18 @@ def rows_with_gradient(
     if grad is None:
         grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     ce, kd = (torch.empty(len(labels), device=student.device) for _ in range(2))
-    native.launch("cluster", impl, student, teacher, labels, None, numbers,
+    statistics = torch.empty(len(labels), native.STATISTICS, device=student.device)
+    native.launch(KERNELS[impl], impl, student, teacher, labels, statistics, numbers,
                   sums=(ce, kd), factors=(ce_factor, kd_factor), grad=grad)  # fmt: skip
     return ce, kd, grad
 
 
-def scale_in_place(grad: Tensor, factor: Tensor) -> None:
-    """Multiply a gradient [N, V] by a number on its device, of which the host learns nothing."""
+def scale_in_place(grad: Tensor, factor: Tensor, impl: str) -> None:
+    """Multiply a gradient [N, V] by a number on its device; a GPU's host learns nothing of it."""
+    if impl == "cpu":
+        if factor != 1:
+            grad.mul_(factor.to(grad.dtype))
+        return
     none = torch.empty(0, dtype=torch.int64, device=grad.device)
     native.launch("scale", "cuda", grad, grad, none, None, (1.0, 0, 0.0, 0, 0.0),
                   factors=(factor, factor), grad=grad)  # fmt: skip
@@ -90,20 +100,22 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> None:
 
 
 class WithGradient(torch.autograd.Function):
-    """A loss whose gradient [N, V] by the logits is known. It is given out once, not copied.
+    """A loss whose gradient [N, V] by the logits is known.
 
-    So a second backward pass through it (`retain_graph`) is an error, autograd's own: the saved
-    gradient "has been modified by an inplace operation".
+    It is given out as it is; a backward pass that keeps its graph, and may come again, copies it.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor, impl: str) -> Tensor:
         ctx.save_for_backward(grad)
+        ctx.impl = impl
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        scale_in_place(grad, grad_loss)
-        return grad, None, None
+        if graph_is_kept():
+            return grad * grad_loss.to(grad.dtype), None, None, None
+        scale_in_place(grad, grad_loss, ctx.impl)
+        return grad, None, None, None

@@ -1,0 +1,110 @@
+// The gradient of the distillation loss by a row of logits, on the CPU.
+//
+// With p the teacher's, q the student's distribution at temperature T over the columns that both
+// have, and D the divergence, the gradient of T^2 D by the student's logits is T q (g - sum q g),
+// g = dD/dq:
+//
+//   forward KL  g = -p / q, so T (q - p)      reverse KL  g = log(q / p)
+//   JSD         g = (1 - beta) log(q / m)     skew KL     g = -(1 - skew) p / m
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "kd_loss.h"
+#include "logit_rows.h"
+
+namespace clinkd {
+
+// Powers of e at T = 1 from those at T, where T is a small integer.
+template <int POWER>
+CLINKD_INLINE F raised(F soft) {
+  static_assert(POWER == 1 || POWER == 2);
+  if constexpr (POWER == 1) return soft;
+  return soft * soft;
+}
+
+// Gradient of one block, in place of its logits.
+template <int POWER>
+CLINKD_INLINE void block_gradient(const KDArgs& a, const float* s, float ce, float kd, float* z,
+                                  const float* t, int count, int shared) {
+  const float scale = kLog2E / a.temperature;
+  const float q_log_inverse = std::log2(s[kSoftInverse]);
+  const float p_log_inverse = std::log2(s[kTargetInverse]);
+  for (int i = 0; i < count; i += W) {
+    const F x = load<W>(z + i);
+    F grad = zero();
+    F q = zero();
+    F q_log = zero();
+    if (i < shared) {
+      q_log = (x - s[kSoftTop]) * scale;
+      q = exp2<W>(q_log);
+    }
+    if constexpr (POWER > 0)
+      grad = raised<POWER>(q) * (ce * s[kInverse]);
+    else
+      grad = exp2<W>((x - s[kTop]) * kLog2E) * (ce * s[kInverse]);
+    if (i < shared) {
+      q *= s[kSoftInverse];
+      const F p_log = (load<W>(t + i) - s[kTargetTop]) * scale;
+      const F p = exp2<W>(p_log) * s[kTargetInverse];
+      F pull;
+      if (a.divergence == kForwardKL) {
+        pull = q - p;
+      } else if (a.divergence == kReverseKL) {
+        const F ratio = ((q_log + q_log_inverse) - (p_log + p_log_inverse)) * kLn2;
+        pull = q > 0.0f ? q * (ratio - s[kMean]) : zero();
+      } else {
+        const F m = a.mix * p + (1.0f - a.mix) * q;
+        const F least = zero() + kLeast;
+        const F safe = m > least ? m : least;
+        F g;
+        if (a.divergence == kJSD)
+          g = (1.0f - a.mix) * kLn2 * (log2<W>(q > least ? q : least) - log2<W>(safe));
+        else
+          g = -(1.0f - a.mix) * p / safe;
+        pull = q > least ? q * (g - s[kMean]) : zero();
+      }
+      if (i + W > shared)  // past the border of the common columns
+        for (int j = shared - i; j < W; ++j) pull[j] = 0.0f;
+      grad += kd * pull;
+    }
+    store<W>(z + i, grad);
+  }
+}
+
+template <typename T, int POWER>
+CLINKD_INLINE void row_gradient(const KDArgs& a, int64_t row) {
+  alignas(64) float z[kBlock], t[kBlock], slope[kBlock];
+  T* out = static_cast<T*>(a.grad) + row * a.grad_stride;
+  const int64_t label = a.labels[row];
+  if (label == a.ignore_index) {
+    std::fill(out, out + a.student_columns, T{});
+    return;
+  }
+  const float* s = a.statistics + row * kStatistics;
+  const float ce = a.ce_factor[row], kd = a.kd_factor[row] * a.temperature;
+  const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
+  const T* teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
+  const int64_t common = std::min(a.student_columns, a.teacher_columns);
+  const bool past_caches = a.grad != a.student && can_stream(out, a.rows * a.grad_stride);
+  for (int64_t begin = 0; begin < a.student_columns; begin += kBlock) {
+    const int count = int(std::min<int64_t>(kBlock, a.student_columns - begin));
+    const int shared = int(std::clamp<int64_t>(common - begin, 0, count));
+    fill(student + begin, count, a.softcap, z);
+    if (a.softcap > 0)
+      for (int i = 0; i < count; i += W) {
+        const F x = load<W>(z + i) * (1.0f / a.softcap);
+        store<W>(slope + i, 1.0f - x * x);
+      }
+    if (shared > 0) fill(teacher + begin, shared, a.softcap, t);
+    block_gradient<POWER>(a, s, ce, kd, z, t, count, shared);
+    if (label >= begin && label < begin + count) z[label - begin] -= ce;
+    if (a.softcap > 0)
+      for (int i = 0; i < count; i += W) store<W>(z + i, load<W>(z + i) * load<W>(slope + i));
+    empty_out(z, count, out + begin, past_caches);
+  }
+}
+
+}  // namespace clinkd
