@@ -25,6 +25,19 @@ CLINKD_INLINE F raised(F soft) {
   return soft * soft;
 }
 
+// T, where powers of e at T give those at 1 in every column; else 0.
+inline int power_of(const KDArgs& a) {
+  if (a.student_columns != a.teacher_columns) return 0;
+  return a.temperature == 1.0f ? 1 : a.temperature == 2.0f ? 2 : 0;
+}
+
+// exp((logit - top) / T) of a block of columns, relative to the largest logit up to its end; `hard`
+// is the student's at T = 1, where `power_of` is 0.
+struct Exponentials {
+  alignas(64) float student[kBlock], teacher[kBlock], hard[kBlock];
+  float student_top, teacher_top;
+};
+
 // Gradient of one block, in place of its logits.
 template <int POWER>
 CLINKD_INLINE void block_gradient(const KDArgs& a, const float* s, float ce, float kd, float* z,
@@ -104,6 +117,45 @@ CLINKD_INLINE void row_gradient(const KDArgs& a, int64_t row) {
     if (a.softcap > 0)
       for (int i = 0; i < count; i += W) store<W>(z + i, load<W>(z + i) * load<W>(slope + i));
     empty_out(z, count, out + begin, past_caches);
+  }
+}
+
+// The same of the forward KL from exponentials that the statistics kept, one for each block.
+template <typename T>
+CLINKD_INLINE void row_gradient_of(const KDArgs& a, int64_t row, const Exponentials* kept) {
+  alignas(64) float grad[kBlock];
+  T* out = static_cast<T*>(a.grad) + row * a.grad_stride;
+  const int64_t label = a.labels[row];
+  if (label == a.ignore_index) {
+    std::fill(out, out + a.student_columns, T{});
+    return;
+  }
+  const float* s = a.statistics + row * kStatistics;
+  const float ce = a.ce_factor[row], kd = a.kd_factor[row] * a.temperature;
+  const float scale = kLog2E / a.temperature;
+  const int power = power_of(a);
+  const bool past_caches = a.grad != a.student && can_stream(out, a.rows * a.grad_stride);
+  for (int64_t begin = 0; begin < a.student_columns; begin += kBlock, ++kept) {
+    const int count = int(std::min<int64_t>(kBlock, a.student_columns - begin));
+    // a block of -inf alone has no top, and nothing but zeros
+    const float q_keep = std::exp2((kept->student_top - s[kSoftTop]) * scale);
+    const float p_keep = std::exp2((kept->teacher_top - s[kTargetTop]) * scale);
+    const float hard_keep = std::exp2((kept->student_top - s[kTop]) * kLog2E);
+    const float hard = ce * s[kInverse] * (power == 0 ? hard_keep : 1.0f);
+    const float soft = kd * s[kSoftInverse] * q_keep, target = kd * s[kTargetInverse] * p_keep;
+    for (int i = 0; i < count; i += W) {
+      const F q = load<W>(kept->student + i), p = load<W>(kept->teacher + i);
+      F from_labels;
+      if (power == 0)
+        from_labels = load<W>(kept->hard + i) * hard;
+      else if (power == 1)
+        from_labels = q * (hard * q_keep);
+      else
+        from_labels = q * q * (hard * q_keep * q_keep);
+      store<W>(grad + i, from_labels + (q * soft - p * target));
+    }
+    if (label >= begin && label < begin + count) grad[label - begin] -= ce;
+    empty_out(grad, count, out + begin, past_caches);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "kd_divergence_cpu.h"
 #include "kd_gradient_cpu.h"
@@ -17,20 +18,28 @@ namespace clinkd {
 namespace {
 
 // One block of both models into the sums. POWER: T, where it is 1 or 2 and the vocabularies agree.
+// `kept`: where the exponentials at T stay, or nullptr.
 template <int POWER>
 CLINKD_INLINE void add_block(const float* z, const float* t, int count, float scale, bool reverse,
-                             const Sum& student, const Sum& soft, const Sum& target,
-                             double* sums) {
+                             const Sum& student, const Sum& soft, const Sum& target, double* sums,
+                             Exponentials* kept) {
   F s_sum = zero(), q_sum = zero(), p_sum = zero(), weighted = zero();
   const float s_top = student.level(), q_top = soft.level(), p_top = target.level();
   for (int i = 0; i < count; i += W) {
     const F x = load<W>(z + i), y = load<W>(t + i);
     const F q_log = (x - q_top) * scale, p_log = (y - p_top) * scale;
     const F q = exp2<W>(q_log), p = exp2<W>(p_log);
-    if constexpr (POWER > 0)
+    if (kept != nullptr) {
+      store<W>(kept->student + i, q);
+      store<W>(kept->teacher + i, p);
+    }
+    if constexpr (POWER > 0) {
       s_sum += raised<POWER>(q);
-    else
-      s_sum += exp2<W>((x - s_top) * kLog2E);
+    } else {
+      const F hard = exp2<W>((x - s_top) * kLog2E);
+      if (kept != nullptr) store<W>(kept->hard + i, hard);
+      s_sum += hard;
+    }
     q_sum += q;
     p_sum += p;
     if (reverse)
@@ -61,8 +70,9 @@ void divergence_of_row(const KDArgs& a, int64_t row, const float* s, double* val
   divergence_bfloat16(a, row, s, value, mean);
 }
 
+// `kept`: a place for each block of columns, where the vocabularies agree; or nullptr.
 template <typename T, int POWER>
-CLINKD_INLINE void row_statistics(const KDArgs& a, int64_t row) {
+CLINKD_INLINE void row_statistics(const KDArgs& a, int64_t row, Exponentials* kept) {
   alignas(64) float z[kBlock], t[kBlock];
   float* found = a.statistics + row * kStatistics;
   const int64_t label = a.labels[row];
@@ -98,10 +108,11 @@ CLINKD_INLINE void row_statistics(const KDArgs& a, int64_t row) {
       const int padded = (shared + W - 1) / W * W;
       if (POWER > 0 || shared == count) {
         all.raise(top, kLog2E);
-        add_block<POWER>(z, t, padded, scale, reverse, all, soft, target, sums);
+        add_block<POWER>(z, t, padded, scale, reverse, all, soft, target, sums, kept);
+        if (kept != nullptr) kept->student_top = soft.top, kept++->teacher_top = target.top;
         all.total += sums[0];
       } else {  // the border of the common columns
-        add_block<0>(z, t, padded, scale, reverse, soft, soft, target, sums);
+        add_block<0>(z, t, padded, scale, reverse, soft, soft, target, sums, nullptr);
       }
       soft.total += sums[1];
       target.total += sums[2];
@@ -142,47 +153,49 @@ void given_divergence(const KDArgs& a, int64_t row) {
 }
 
 template <typename T>
-CLINKD_INLINE void any_statistics(const KDArgs& a, int64_t row) {
-  const bool same = a.student_columns == a.teacher_columns;
-  if (same && a.temperature == 1.0f) return row_statistics<T, 1>(a, row);
-  if (same && a.temperature == 2.0f) return row_statistics<T, 2>(a, row);
-  row_statistics<T, 0>(a, row);
+CLINKD_INLINE void any_statistics(const KDArgs& a, int64_t row, Exponentials* kept) {
+  const int power = power_of(a);
+  if (power == 1) return row_statistics<T, 1>(a, row, kept);
+  if (power == 2) return row_statistics<T, 2>(a, row, kept);
+  row_statistics<T, 0>(a, row, kept);
 }
 template <typename T>
-CLINKD_INLINE void any_gradient(const KDArgs& a, int64_t row) {
-  const bool same = a.student_columns == a.teacher_columns;
-  if (same && a.temperature == 1.0f) return row_gradient<T, 1>(a, row);
-  if (same && a.temperature == 2.0f) return row_gradient<T, 2>(a, row);
+CLINKD_INLINE void any_gradient(const KDArgs& a, int64_t row, const Exponentials* kept) {
+  if (kept != nullptr) return row_gradient_of<T>(a, row, kept);
+  const int power = power_of(a);
+  if (power == 1) return row_gradient<T, 1>(a, row);
+  if (power == 2) return row_gradient<T, 2>(a, row);
   row_gradient<T, 0>(a, row);
 }
 
-CLINKD_CLONES void statistics_float32(const KDArgs& a, int64_t row) {
-  any_statistics<float>(a, row);
+CLINKD_CLONES void statistics_float32(const KDArgs& a, int64_t row, Exponentials* kept) {
+  any_statistics<float>(a, row, kept);
 }
-CLINKD_CLONES void statistics_float16(const KDArgs& a, int64_t row) {
-  any_statistics<Float16>(a, row);
+CLINKD_CLONES void statistics_float16(const KDArgs& a, int64_t row, Exponentials* kept) {
+  any_statistics<Float16>(a, row, kept);
 }
-CLINKD_CLONES void statistics_bfloat16(const KDArgs& a, int64_t row) {
-  any_statistics<BFloat16>(a, row);
+CLINKD_CLONES void statistics_bfloat16(const KDArgs& a, int64_t row, Exponentials* kept) {
+  any_statistics<BFloat16>(a, row, kept);
 }
-CLINKD_CLONES void gradient_float32(const KDArgs& a, int64_t row) {
-  any_gradient<float>(a, row);
+CLINKD_CLONES void gradient_float32(const KDArgs& a, int64_t row, const Exponentials* kept) {
+  any_gradient<float>(a, row, kept);
 }
-CLINKD_CLONES void gradient_float16(const KDArgs& a, int64_t row) {
-  any_gradient<Float16>(a, row);
+CLINKD_CLONES void gradient_float16(const KDArgs& a, int64_t row, const Exponentials* kept) {
+  any_gradient<Float16>(a, row, kept);
 }
-CLINKD_CLONES void gradient_bfloat16(const KDArgs& a, int64_t row) {
-  any_gradient<BFloat16>(a, row);
+CLINKD_CLONES void gradient_bfloat16(const KDArgs& a, int64_t row, const Exponentials* kept) {
+  any_gradient<BFloat16>(a, row, kept);
 }
 
-using Row = void (*)(const KDArgs&, int64_t);
+using Statistics = void (*)(const KDArgs&, int64_t, Exponentials*);
+using Gradient = void (*)(const KDArgs&, int64_t, const Exponentials*);
 
-Row statistics_of(int type) {
+Statistics statistics_of(int type) {
   return type == kFloat32   ? statistics_float32
          : type == kFloat16 ? statistics_float16
                             : statistics_bfloat16;
 }
-Row gradient_of(int type) {
+Gradient gradient_of(int type) {
   return type == kFloat32   ? gradient_float32
          : type == kFloat16 ? gradient_float16
                             : gradient_bfloat16;
@@ -200,7 +213,8 @@ void over_gradients(const KDArgs& args, int threads, Run run) {
 }  // namespace
 
 void kd_statistics_cpu(const KDArgs& args, int threads) {
-  over_rows(args, threads, statistics_of(args.type));
+  const Statistics run = statistics_of(args.type);
+  over_rows(args, threads, [=](const KDArgs& a, int64_t row) { run(a, row, nullptr); });
 }
 
 void kd_divergence_cpu(const KDArgs& args, int threads) {
@@ -208,14 +222,21 @@ void kd_divergence_cpu(const KDArgs& args, int threads) {
 }
 
 void kd_gradient_cpu(const KDArgs& args, int threads) {
-  over_gradients(args, threads, gradient_of(args.type));
+  const Gradient run = gradient_of(args.type);
+  over_gradients(args, threads, [=](const KDArgs& a, int64_t row) { run(a, row, nullptr); });
 }
 
 void kd_at_once_cpu(const KDArgs& args, int threads) {
-  const Row statistics = statistics_of(args.type), gradient = gradient_of(args.type);
+  const Statistics statistics = statistics_of(args.type);
+  const Gradient gradient = gradient_of(args.type);
+  const bool keep = args.divergence == kForwardKL && args.softcap == 0 &&
+                    args.student_columns == args.teacher_columns;
   over_gradients(args, threads, [=](const KDArgs& a, int64_t row) {
-    statistics(a, row);
-    gradient(a, row);
+    thread_local std::vector<Exponentials> place;  // as large as a row of both models in float32
+    if (keep) place.resize((a.student_columns + kBlock - 1) / kBlock);
+    Exponentials* kept = keep ? place.data() : nullptr;
+    statistics(a, row, kept);
+    gradient(a, row, kept);
   });
 }
 

@@ -42,9 +42,9 @@ def test_equals_two_passes(N, V, dtype, monkeypatch, empty_is_nan):
     assert not is_at_once(two.loss)
     (expected,) = torch.autograd.grad(two.loss, z)
     assert all(torch.equal(a, b) for a, b in zip(at_once, two, strict=True))
-    torch.testing.assert_close(
-        grad, expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=0
-    )
+    # the count of labels rounds the factors of the rows once more in one of the two
+    allowed = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(grad, expected, rtol=allowed, atol=1e-6 * expected.abs().max())
 
 
 def test_what_takes_two_passes():
