@@ -118,6 +118,7 @@ CLINKD_INLINE void row_gradient(const KDArgs& a, int64_t row) {
       for (int i = 0; i < count; i += W) store<W>(z + i, load<W>(z + i) * load<W>(slope + i));
     empty_out(z, count, out + begin, past_caches);
   }
+  if (past_caches) end_streams();
 }
 
 // The same of the forward KL from exponentials that the statistics kept, one for each block.
@@ -157,6 +158,7 @@ CLINKD_INLINE void row_gradient_of(const KDArgs& a, int64_t row, const Exponenti
     if (label >= begin && label < begin + count) grad[label - begin] -= ce;
     empty_out(grad, count, out + begin, past_caches);
   }
+  if (past_caches) end_streams();
 }
 
 }  // namespace clinkd

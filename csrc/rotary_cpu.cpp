@@ -143,9 +143,7 @@ CLINKD_INLINE void turn_tokens(const RotaryArgs& a, int64_t begin, int64_t end) 
         std::memcpy(turned + 2 * a.pairs, head + 2 * a.pairs, rest * sizeof(T));
     }
   }
-#ifdef __SSE2__
-  if (stream) _mm_sfence();
-#endif
+  if (stream) end_streams();
 }
 
 CLINKD_CLONES void turn_float32(const RotaryArgs& a, int64_t begin, int64_t end) {

@@ -97,6 +97,7 @@ CLINKD_INLINE void row_gradient(const TopKArgs& a, int64_t row) {
       }
     empty_out(grad, count, out + begin, past_caches);
   }
+  if (past_caches) end_streams();
 }
 
 CLINKD_CLONES void tails_float32(const TopKArgs& a, int64_t row) { row_tails<float>(a, row); }

@@ -141,6 +141,13 @@ CLINKD_INLINE void stream_out(void* to, const void* from, int64_t bytes) {
 #endif
 }
 
+// After the last of them: other threads see them in order with what is written next.
+CLINKD_INLINE void end_streams() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 }  // namespace clinkd
 
 #pragma GCC diagnostic pop
