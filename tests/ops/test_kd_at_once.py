@@ -1,4 +1,4 @@
-"""`kd_loss` on the CPU with its gradient from the forward pass, against the kernels of two passes."""
+"""`kd_loss` on the CPU with its gradient from the forward pass, against two passes."""
 
 from importlib import import_module
 
