@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils.import_utils import is_tracing
 
 from clinkd.ops.rotary_attention import resolve_attention
 
@@ -78,9 +79,18 @@ def lay_out(
     kwargs["position_ids"] = positions if positions is None else positions[-3:]
     windows = "sliding_attention" in (getattr(text.config, "layer_types", None) or ())
     needs_mask |= windows and tokens.shape[1] > text.config.sliding_window
-    if text.attention == "fused" or tokens.device.type != "cuda" or needs_mask:
+    if text.attention == "fused" or is_faster(tokens.device.type, needs_mask):
         kwargs["layout"] = Layout(starts)
     return (), kwargs
+
+
+def is_faster(device: str, needs_mask: bool) -> bool:
+    """Whether "auto" takes the fused op.
+
+    Args:
+        needs_mask: SDPA would need one, beyond its `is_causal`.
+    """
+    return device != "cuda" or needs_mask
 
 
 def why_not(config: Any, dropout: float, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -100,8 +110,8 @@ def _why_not_rows(text: Any, kwargs: dict[str, Any], tokens: Tensor) -> str | No
         return "attention_mask is not [B, S], one value a token"
     if kwargs.get("is_causal", getattr(text.config, "is_causal", None)) is False:
         return "is_causal is False"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot read where rows are padded or packed"
+    if is_tracing(tokens):
+        return "a traced model cannot read where rows are padded or packed"
     return None
 
 

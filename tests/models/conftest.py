@@ -43,12 +43,18 @@ def _text(sections: list[int], **more: Any) -> dict[str, Any]:
     }
 
 
-def build(family: str, seed: int = 0, std: float = 0.1) -> Any:
-    """A model of the family in float32 on the CPU, with weights large enough to matter."""
+def build(family: str, seed: int = 0, std: float = 0.1, window: int | None = None) -> Any:
+    """A model of the family in float32 on the CPU, with weights large enough to matter.
+
+    With a `window`, for Qwen2-VL, the second of its layers sees so many tokens.
+    """
     torch.manual_seed(seed)
     if family == "qwen2_vl":
         vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2}
-        config = Qwen2VLConfig(text_config=_text([2, 3, 3]), vision_config=vision, **TOKENS)
+        text = _text([2, 3, 3])
+        if window is not None:
+            text |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+        config = Qwen2VLConfig(text_config=text, vision_config=vision, **TOKENS)
         model = Qwen2VLForConditionalGeneration(config)
     elif family == "qwen2_5_vl":
         vision = {
