@@ -1,5 +1,6 @@
 """Small Qwen-VL models with random weights, and batches with several images a row."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -150,3 +151,18 @@ def make_batch() -> Callable[..., dict[str, torch.Tensor]]:
 @pytest.fixture
 def make_single() -> Callable[..., dict[str, torch.Tensor]]:
     return single
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """Calls of the fused op as they come: causal, packed."""
+    module = sys.modules["clinkd.models.attention"]
+    run = module.rotary_attention
+    found: list[tuple[bool, bool]] = []
+
+    def counted(*args: Any, causal: bool = True, cu_seqlens: Any = None, **more: Any) -> Any:
+        found.append((causal, cu_seqlens is not None))
+        return run(*args, causal=causal, cu_seqlens=cu_seqlens, **more)
+
+    monkeypatch.setattr(module, "rotary_attention", counted)
+    return found
