@@ -193,7 +193,7 @@ def launch_backward(
     k: Tensor,
     v: Tensor,
     positions: Tensor,
-    key_positions: Tensor,
+    key_positions: Tensor | None,
     tables: tuple[Tensor, Tensor, Tensor],
     spec: Any,
     causal: bool,
@@ -202,7 +202,10 @@ def launch_backward(
     key_starts: Tensor | None,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of unrotated q, k and of v, contiguous; k comes in turned."""
+    """Gradients of unrotated q, k and of v, contiguous; k comes in turned.
+
+    Without positions of the keys, the gradient is that of turned k.
+    """
     packed = out.dim() == 3
     dq = torch.empty_like(out)
     dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
@@ -238,6 +241,9 @@ def launch_backward(
         num_warps=blocks.warps, num_stages=blocks.stages, **shared,
     )  # fmt: skip
     blocks = keys_blocks(D, out.element_size(), arch)
+    if key_positions is None:  # never read
+        key_positions = positions
+        shared |= {"ROTATE": False, "R": 0}
     tiles = count_tiles(keys, blocks.rows, sequences, packed)
     parts = count_parts(tiles * Hkv, Hq // Hkv, out.device)
     sums = (

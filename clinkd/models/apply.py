@@ -1,7 +1,7 @@
 """Positions and rotary ops put into a Qwen-VL model, and saved with it.
 
-Nothing of transformers is subclassed or changed: four objects of this one model get another
-`forward` or method, which `restore` takes back.
+Nothing of transformers is subclassed or changed: a few objects of this one model get another
+`forward`, method or hook, which `restore` takes back.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from clinkd.errors import ConfigError
 from clinkd.models.attention import text_attention, vision_attention
 from clinkd.models.embedding import IMPLS, TextRotary, VisionRotary, text_spec, vision_spec
+from clinkd.models.layout import ATTENTIONS, lay_out
 from clinkd.positions import Grid, Rule, place
 from clinkd.rotary import PositionConfig
 
@@ -26,7 +27,10 @@ IMAGE, VIDEO = 1, 2  # mm_token_type_ids
 
 
 def apply(
-    model: PreTrainedModel, positions: PositionConfig | None = None, impl: str = "auto"
+    model: PreTrainedModel,
+    positions: PositionConfig | None = None,
+    impl: str = "auto",
+    attention: str = "auto",
 ) -> PreTrainedModel:
     """Make a Qwen-VL model follow `positions`, in its language layers and vision tower.
 
@@ -38,6 +42,9 @@ def apply(
         positions: default: what the model's config says, else `PositionConfig()`.
         impl: of the rotary op: "auto", "reference", "cpu", "cuda"; or "eager", transformers' own
             arithmetic (float32 angles, cosines rounded to the model's dtype).
+        attention: "fused", `rotary_attention` wherever nothing is cached yet, and an error where
+            it cannot run; "sdpa", the rotary op and then SDPA; "auto", the faster one, by the rule
+            of `clinkd.models.layout`. With impl "reference" or "eager" it is SDPA.
 
     Returns:
         The same model.
@@ -47,6 +54,12 @@ def apply(
     """
     if impl not in IMPLS:
         raise ConfigError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if attention not in ATTENTIONS:
+        raise ConfigError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+    if impl in ("reference", "eager"):
+        if attention == "fused":
+            raise ConfigError(f"attention='fused' has kernels alone, impl={impl!r} has none")
+        attention = "sdpa"
     inner = _inner(model)
     config = inner.config
     if positions is None:
@@ -62,7 +75,11 @@ def apply(
             layer.self_attn.forward = MethodType(text_attention, layer.self_attn)
         for block in vision.blocks:
             block.attn.rotary = (vision.rotary_pos_emb.spec, impl)
+            block.attn.attention = attention
             block.attn.forward = MethodType(vision_attention, block.attn)
+    if attention != "sdpa":
+        text.attention = attention
+        text.layout_hook = text.register_forward_pre_hook(lay_out, with_kwargs=True)
     inner.clinkd_positions = positions
     inner.get_rope_index = MethodType(_rope_index, inner)
     inner.compute_3d_position_ids = MethodType(_position_ids, inner)
@@ -80,8 +97,11 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     text.rotary_emb = text.rotary_emb.stock
     vision.rotary_pos_emb = vision.rotary_pos_emb.stock
     for attention in [layer.self_attn for layer in text.layers] + [b.attn for b in vision.blocks]:
-        for name in ("forward", "rotary"):
+        for name in ("forward", "rotary", "attention"):
             attention.__dict__.pop(name, None)
+    if hasattr(text, "layout_hook"):
+        text.layout_hook.remove()
+        del text.layout_hook, text.attention
     for name in ("get_rope_index", "compute_3d_position_ids", "clinkd_positions"):
         inner.__dict__.pop(name, None)
     for config in (model.config, inner.config):
@@ -94,6 +114,7 @@ def load(
     positions: PositionConfig | None = None,
     dtype: torch.dtype | str | None = None,
     impl: str = "auto",
+    attention: str = "auto",
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint and apply the positions that it was saved with.
@@ -103,7 +124,7 @@ def load(
         positions: for a checkpoint that names none, default `mrope`; one that does keeps its own
             (`apply` changes them).
         dtype: of the weights; default: as saved.
-        impl: as for `apply`.
+        impl, attention: as for `apply`.
         kwargs: go to `from_pretrained`.
 
     Raises:
@@ -113,7 +134,7 @@ def load(
     _check_family(config)
     chosen = positions_of(config) or positions or PositionConfig("mrope")
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
-    return apply(model, chosen, impl)
+    return apply(model, chosen, impl, attention)
 
 
 def positions_of(config: Any) -> PositionConfig | None:

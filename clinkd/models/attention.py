@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from clinkd.models.layout import Layout, why_not
+from clinkd.ops import rotary, rotary_attention
 from clinkd.ops.reference.rotary import rotate
-from clinkd.ops.rotary import rotary
 
 
 def text_attention(
@@ -20,22 +21,29 @@ def text_attention(
     past_key_values: Any = None,
     position_embeddings: tuple[Tensor, ...] = (),
     cache: Any = None,
+    layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Self-attention of a language layer; the cache holds rotated keys.
 
+    With a `layout`, of `lay_out`, by the fused op; the cache is then absent or empty.
+
     Shapes:
         hidden_states [B, S, C]; `position_embeddings` as `TextRotary` returns them.
     """
+    cache = past_key_values if cache is None else cache  # the older name, and that since 5.24
     heads = (-1, self.head_dim)
     q = self.q_proj(hidden_states).unflatten(-1, heads)  # [B, S, Hq, D]
     k = self.k_proj(hidden_states).unflatten(-1, heads)  # [B, S, Hkv, D]
-    v = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+    v = self.v_proj(hidden_states).unflatten(-1, heads)
     if hasattr(self, "q_norm"):  # Qwen3-VL
         q, k = self.q_norm(q), self.k_norm(k)
+    if layout is not None:
+        out = _attend(self, q, k, v, position_embeddings[0], cache, layout)
+        return self.o_proj(out.flatten(2)), None
+    v = v.transpose(1, 2)
     q = _turn(self, q, position_embeddings).transpose(1, 2)
     k = _turn(self, k, position_embeddings).transpose(1, 2)
-    cache = past_key_values if cache is None else cache  # the older name, and that since 5.24
     if cache is not None:
         k, v = cache.update(k, v, self.layer_idx)
     out, weights = _interface(self)(
@@ -51,6 +59,33 @@ def text_attention(
         **kwargs,
     )
     return self.o_proj(out.flatten(2)), weights
+
+
+def _attend(
+    self: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, past: Any, layout: Layout
+) -> Tensor:
+    """The fused op over q [B, S, Hq, D], k and v [B, S, Hkv, D], positions [A, B, S]."""
+    spec, impl = self.rotary
+    q, k = q.to(v.dtype), k.to(v.dtype)  # Qwen3-VL's norms give float32 under autocast
+    if past is not None:
+        k = rotary(k, positions, spec, impl=impl)
+        past.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
+    shape = q.shape
+    if layout.starts is not None:
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        positions = positions.flatten(1)
+    out = rotary_attention(
+        q,
+        k,
+        v,
+        positions,
+        spec,
+        scale=self.scaling,
+        cu_seqlens=layout.starts,
+        window=getattr(self, "sliding_window", None),
+        turned_keys=past is not None,
+    )
+    return out.view(shape)  # type: ignore[union-attr]
 
 
 def vision_attention(
@@ -69,6 +104,19 @@ def vision_attention(
     """
     qkv = self.qkv(hidden_states).unflatten(-1, (3 * self.num_heads, -1))  # [N, 3 H, D]
     positions, *tables = position_embeddings
+    dropout = self.attention_dropout if self.training else 0.0
+    if self.attention != "sdpa":
+        reason = why_not(self.config, dropout, qkv.device, qkv.dtype)
+        if reason is None:
+            spec, _ = self.rotary
+            q, k, v = qkv.chunk(3, dim=1)  # [N, H, D]
+            starts = cu_seqlens.int()
+            out = rotary_attention(
+                q, k, v, positions.T, spec, causal=False, scale=self.scaling, cu_seqlens=starts
+            )
+            return self.proj(out.flatten(1))  # type: ignore[no-any-return, union-attr]
+        if self.attention == "fused":
+            raise RuntimeError(f"attention='fused' cannot run here: {reason}")
     # queries and keys lie side by side: one call turns both
     qk = _turn(self, qkv[:, : 2 * self.num_heads], (positions.T, *tables))
     q, k = qk.transpose(0, 1).unsqueeze(0).chunk(2, dim=1)  # [1, H, N, D]
@@ -76,7 +124,7 @@ def vision_attention(
     settings = dict(
         attention_mask=None,
         scaling=self.scaling,
-        dropout=self.attention_dropout if self.training else 0.0,
+        dropout=dropout,
         is_causal=False,
         **kwargs,
     )

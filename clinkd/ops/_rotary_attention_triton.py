@@ -14,7 +14,7 @@ from clinkd.rotary import RotarySpec
 
 LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
 _OPTIONS = (
-    "Tensor positions, Tensor key_positions, int spec, bool causal, float scale, "
+    "Tensor positions, Tensor? key_positions, int spec, bool causal, float scale, "
     "Tensor? cu_seqlens, Tensor? cu_seqlens_k, int window"
 )
 torch.library.define(
@@ -35,7 +35,7 @@ def _triton(
     k: Tensor,
     v: Tensor,
     positions: Tensor,
-    key_positions: Tensor,
+    key_positions: Tensor | None,
     spec: int,
     causal: bool,
     scale: float,
@@ -44,11 +44,16 @@ def _triton(
     window: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, lse, and, where `keep`, turned queries and keys for the backward pass."""
+    """Output, lse, and, where `keep`, turned queries and keys for the backward pass.
+
+    Keys without positions are turned already.
+    """
     launch = importlib.import_module("clinkd.kernels.rotary_attention").launch_forward
-    pre_pass = resolve_rotary("auto", k.device, k.dtype)
-    k_turned = torch.ops.clinkd.rotary(k, key_positions, spec, False, pre_pass)
-    q, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, v))
+    k_turned = k
+    if key_positions is not None:
+        pre_pass = resolve_rotary("auto", k.device, k.dtype)
+        k_turned = torch.ops.clinkd.rotary(k, key_positions, spec, False, pre_pass)
+    q, k_turned, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k_turned, v))
     out, lse, q_turned = launch(
         q,
         k_turned,
@@ -63,7 +68,9 @@ def _triton(
         window,
         keep,
     )
-    return out, lse, q_turned, k_turned if keep else k_turned.new_empty(0)
+    if not keep or key_positions is None:  # an operator's output may not be its input
+        k_turned = k_turned.new_empty(0)
+    return out, lse, q_turned, k_turned
 
 
 def _triton_backward(
@@ -74,7 +81,7 @@ def _triton_backward(
     k_turned: Tensor,
     v: Tensor,
     positions: Tensor,
-    key_positions: Tensor,
+    key_positions: Tensor | None,
     spec: int,
     causal: bool,
     scale: float,
@@ -88,8 +95,7 @@ def _triton_backward(
         out,
         lse,
         q_turned,
-        k_turned,
-        v if v.stride(-1) == 1 else v.contiguous(),
+        *(t if t.stride(-1) == 1 else t.contiguous() for t in (k_turned, v)),
         positions,
         key_positions,
         spec_tensors(spec, out.device),
@@ -104,12 +110,13 @@ def _triton_backward(
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    keep = rest[-1]
+    keep, key_positions = rest[-1], rest[1]
     packed = q.dim() == 3
     shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(shape, dtype=torch.float32)
-    kept = [q.new_empty(t.shape if keep else (0,)) for t in (q, k)]
-    return q.new_empty(q.shape), lse, kept[0], kept[1]
+    q_turned = q.new_empty(q.shape if keep else (0,))
+    k_turned = k.new_empty(k.shape if keep and key_positions is not None else (0,))
+    return q.new_empty(q.shape), lse, q_turned, k_turned
 
 
 def _fake_backward(
@@ -119,9 +126,10 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, v, positions, key_positions, spec, causal, scale, starts, key_starts, window, _ = inputs
+    _, k, v, positions, key_positions, spec, causal, scale, starts, key_starts, window, _ = inputs
     out, lse, q_turned, k_turned = output
     ctx.mark_non_differentiable(lse, q_turned, k_turned)
+    k_turned = k if key_positions is None else k_turned
     ctx.save_for_backward(
         out, lse, q_turned, k_turned, v, positions, key_positions, starts, key_starts
     )

@@ -27,6 +27,7 @@ def rotary_attention(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     window: int | None = None,
+    turned_keys: bool = False,
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,6 +45,7 @@ def rotary_attention(
         cu_seqlens: int32 [n + 1], where each packed sequence starts, and N.
         cu_seqlens_k: the same for keys; default `cu_seqlens`.
         window: each query sees so many keys up to its own place.
+        turned_keys: k is rotated already, as a cache holds it; so is its gradient.
         return_lse: also return the log-sum-exp, float32 [B, Hq, Sq] or [Hq, N], without gradient.
         impl: "auto", "reference", "cpu" or "triton".
 
@@ -51,7 +53,11 @@ def rotary_attention(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: an explicit `impl` that cannot run here.
     """
-    _check(q, k, v, positions, spec, key_positions, cu_seqlens, cu_seqlens_k, window)
+    if turned_keys and key_positions is not None:
+        raise ValueError("key_positions must be None where turned_keys says k is rotated already")
+    _check(q, k, v, positions, spec, key_positions, cu_seqlens, cu_seqlens_k, window, turned_keys)
+    if key_positions is None and not turned_keys:
+        key_positions = positions
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     impl = resolve_attention(impl, q.device, q.dtype)
     if impl == "triton":
@@ -60,7 +66,7 @@ def rotary_attention(
             k,
             v,
             positions,
-            positions if key_positions is None else key_positions,
+            key_positions,
             spec.key,
             causal,
             scale,
@@ -72,7 +78,7 @@ def rotary_attention(
     elif impl == "cpu":
         out, lse = _cpu(
             rotary(q, positions, spec),
-            rotary(k, positions if key_positions is None else key_positions, spec),
+            k if key_positions is None else rotary(k, key_positions, spec),
             v,
             causal,
             scale,
@@ -93,6 +99,7 @@ def rotary_attention(
             cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens_k,
             window=window,
+            turned_keys=turned_keys,
         )
     return (out, lse.detach()) if return_lse else out
 
@@ -210,6 +217,7 @@ def _check(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     window: int | None,
+    turned_keys: bool,
 ) -> None:
     check_rotary("q", q, positions, spec)
     packed = cu_seqlens is not None
@@ -232,7 +240,7 @@ def _check(
         )
     if key_positions is not None:
         check_positions("key_positions", key_positions, k.shape[:-2], spec, q.device)
-    elif k.shape[:-2] != q.shape[:-2]:
+    elif k.shape[:-2] != q.shape[:-2] and not turned_keys:
         raise ValueError(
             "key_positions must be given where there are other keys than queries: "
             f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}"

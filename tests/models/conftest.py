@@ -1,5 +1,6 @@
 """Small Qwen-VL models with random weights, and batches with several images a row."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,12 +44,18 @@ def _text(sections: list[int], **more: Any) -> dict[str, Any]:
     }
 
 
-def build(family: str, seed: int = 0, std: float = 0.1) -> Any:
-    """A model of the family in float32 on the CPU, with weights large enough to matter."""
+def build(family: str, seed: int = 0, std: float = 0.1, window: int | None = None) -> Any:
+    """A model of the family in float32 on the CPU, with weights large enough to matter.
+
+    With a `window`, for Qwen2-VL, the second of its layers sees so many tokens.
+    """
     torch.manual_seed(seed)
     if family == "qwen2_vl":
         vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2}
-        config = Qwen2VLConfig(text_config=_text([2, 3, 3]), vision_config=vision, **TOKENS)
+        text = _text([2, 3, 3])
+        if window is not None:
+            text |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+        config = Qwen2VLConfig(text_config=text, vision_config=vision, **TOKENS)
         model = Qwen2VLForConditionalGeneration(config)
     elif family == "qwen2_5_vl":
         vision = {
@@ -144,3 +151,18 @@ def make_batch() -> Callable[..., dict[str, torch.Tensor]]:
 @pytest.fixture
 def make_single() -> Callable[..., dict[str, torch.Tensor]]:
     return single
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """Calls of the fused op as they come: causal, packed."""
+    module = sys.modules["clinkd.models.attention"]
+    run = module.rotary_attention
+    found: list[tuple[bool, bool]] = []
+
+    def counted(*args: Any, causal: bool = True, cu_seqlens: Any = None, **more: Any) -> Any:
+        found.append((causal, cu_seqlens is not None))
+        return run(*args, causal=causal, cu_seqlens=cu_seqlens, **more)
+
+    monkeypatch.setattr(module, "rotary_attention", counted)
+    return found

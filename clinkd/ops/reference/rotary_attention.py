@@ -20,12 +20,14 @@ def rotary_attention(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     window: int | None = None,
+    turned_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * R(q) R(k)^T + mask) v with R the rotation of `reference.rotary`.
 
     Query i of Sq and key j of Sk meet where both hold: `causal` is off or j <= i + Sk - Sq (the
     last query sees the last key), and `window` is None or i + Sk - Sq - window < j. Query head h
-    reads key and value head h // (Hq / Hkv). A query that sees no key gives 0 and lse -inf.
+    reads key and value head h // (Hq / Hkv). A query that sees no key gives 0 and lse -inf. With
+    `turned_keys`, k is R(k) already.
 
     Shapes:
         q [B, Sq, Hq, D], k and v [B, Sk, Hkv, D], positions [A, B, S]; or packed, every sequence
@@ -38,7 +40,10 @@ def rotary_attention(
     compute = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q_turned = rotary(q.to(compute), positions, spec)
-    k_turned = rotary(k.to(compute), positions if key_positions is None else key_positions, spec)
+    k_turned = k.to(compute)
+    if not turned_keys:
+        key_positions = positions if key_positions is None else key_positions
+        k_turned = rotary(k_turned, key_positions, spec)
     v = v.to(compute)
     if cu_seqlens is None:
         out, lse = _attend(q_turned, k_turned, v, causal, scale, window)
