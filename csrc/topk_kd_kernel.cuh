@@ -101,55 +101,57 @@ __global__ void __launch_bounds__(kTopKThreads) topk_gradient_kernel(const TopKA
   extern __shared__ uint32_t map[];
   const int64_t row = blockIdx.x;
   T* out = static_cast<T*>(a.grad) + row * a.grad_stride;
-  const int64_t label = a.labels[row];
-  const int64_t packs = a.columns / V;
-  if (label == a.ignore_index) {
+  const int columns = static_cast<int>(a.columns);  // at most kTopKMostColumns
+  const int packs = columns / V;
+  if (a.labels[row] == a.ignore_index) {
     Pack<T, V> nothing;
 #pragma unroll
     for (int j = 0; j < V; ++j) from_float(nothing.item[j], 0.0f);
-    for (int64_t i = threadIdx.x; i < packs; i += kTopKThreads)
+    for (int i = threadIdx.x; i < packs; i += kTopKThreads)
       *reinterpret_cast<Pack<T, V>*>(out + i * V) = nothing;
-    for (int64_t i = packs * V + threadIdx.x; i < a.columns; i += kTopKThreads)
+    for (int i = packs * V + threadIdx.x; i < columns; i += kTopKThreads)
       from_float(out[i], 0.0f);
     return;
   }
   map_columns(a, row, map);
+  const bool right = a.labels[row] >= 0 && a.labels[row] < columns;
+  const int label = right ? static_cast<int>(a.labels[row]) : -1;
   const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
   const float* s = a.statistics + row * kTailStatistics;
   const float scale = kLog2E / a.temperature, level = finite_level(s[kTailTop]);
   const float hard = a.tail_factor[row] * s[kTailInverse];
   const float soft = a.soft_factor[row] / a.temperature * s[kTailSoftInverse];
   const float picked = a.picked_factor[row];
-  const auto gradient = [&](float raw, int64_t column) {
+  const auto gradient = [&](float raw, int column) {
     const float z = capped(raw, a.softcap);
     float grad = hard * exp2f((z - level) * kLog2E) + soft * exp2f((z - level) * scale);
     if (column == label) grad += picked;
     if (a.softcap > 0) grad *= 1.0f - (z / a.softcap) * (z / a.softcap);
     return grad;
   };
-  for (int64_t i = threadIdx.x; i < packs; i += kTopKThreads) {
+#pragma unroll 1  // several at a time take more registers than sm_120 has for all warps
+  for (int i = threadIdx.x; i < packs; i += kTopKThreads) {
     const auto z = *reinterpret_cast<const Pack<T, V>*>(student + i * V);
     Pack<T, V> grads;
 #pragma unroll
     for (int j = 0; j < V; ++j) from_float(grads.item[j], gradient(to_float(z.item[j]), i * V + j));
-    uint32_t mapped = 0;
-#pragma unroll
-    for (int j = 0; j < V; ++j) mapped |= is_mapped(map, i * V + j);
+    // V divides 32: one word has the bits of the whole pack
+    const uint32_t mapped = map[i * V / 32] >> (i * V % 32) & ((1u << V) - 1u);
     if (!mapped) {
       *reinterpret_cast<Pack<T, V>*>(out + i * V) = grads;
       continue;
     }
 #pragma unroll
     for (int j = 0; j < V; ++j)
-      if (!is_mapped(map, i * V + j)) out[i * V + j] = grads.item[j];
+      if (!(mapped >> j & 1u)) out[i * V + j] = grads.item[j];
   }
-  for (int64_t i = packs * V + threadIdx.x; i < a.columns; i += kTopKThreads)
+  for (int i = packs * V + threadIdx.x; i < columns; i += kTopKThreads)
     if (!is_mapped(map, i)) from_float(out[i], gradient(to_float(student[i]), i));
   // other threads have read these columns among the neighbours that they load at once
   __syncthreads();
   for (int64_t i = threadIdx.x; i < a.k; i += kTopKThreads) {
     const int32_t id = a.ids[row * a.k + i];
-    if (id >= a.columns) continue;
+    if (id >= columns) continue;
     const float z = capped(to_float(student[id]), a.softcap);
     float grad = a.top_factor[row * a.k + i] + (id == label ? picked : 0.0f);
     if (a.softcap > 0) grad *= 1.0f - (z / a.softcap) * (z / a.softcap);

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from clinkd.kernels.common import INTERPRETED, LOG2_E
+from clinkd.kernels.common import INTERPRETED, LOG2_E, capability
 from torch import Tensor
 
 
@@ -163,8 +163,12 @@ def piece_places(B: int, Hkv: int, P: int, processors: int) -> int:
     return max(128, triton.next_power_of_2(triton.cdiv(P, wanted)))
 
 
-def tile(rows: int, element_size: int) -> dict[str, Any]:
-    """Tile, warps and stages for K * G rows: those that compile without spills, or nearly so."""
+def tile(rows: int, element_size: int, arch: int) -> dict[str, Any]:
+    """Tile, warps and stages for K * G rows: those that compile without spills.
+
+    Args:
+        arch: as `capability` gives it.
+    """
     if element_size > 2:
         # float32 as three TF32 products on tensor cores: its own FMAs spill thousands of registers;
         # more than 32 rows are cut, and read the keys more than once
@@ -172,7 +176,8 @@ def tile(rows: int, element_size: int) -> dict[str, Any]:
         return dict(BLOCK_R=block_r, BLOCK_N=16, PRECISION="tf32x3", num_warps=8, num_stages=2)
     block_r = min(128, max(16, triton.next_power_of_2(rows)))
     if block_r >= 64:
-        return dict(BLOCK_R=block_r, BLOCK_N=32, PRECISION="tf32", num_warps=8, num_stages=3)
+        block_n = 16 if block_r == 128 and arch >= 120 else 32
+        return dict(BLOCK_R=block_r, BLOCK_N=block_n, PRECISION="tf32", num_warps=8, num_stages=3)
     return dict(BLOCK_R=block_r, BLOCK_N=64, PRECISION="tf32", num_warps=4, num_stages=3)
 
 
@@ -209,7 +214,7 @@ def launch(
     if out.numel() == 0:
         return out
     block_d = max(16, triton.next_power_of_2(D))
-    settings = tile(K * G, q.element_size())
+    settings = tile(K * G, q.element_size(), capability(q.device))
     _piece_kernel[(B * Hkv, pieces, triton.cdiv(K * G, settings["BLOCK_R"]))](
         q,
         prefix_k,

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from clinkd.kernels.common import LN_2, LOG2_E
+from clinkd.kernels.common import LN_2, LOG2_E, capability
 from clinkd.kernels.rotary_tiles import (
-    capability,
     constants,
     count_tiles,
     find_tile,

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from clinkd.kernels.common import INTERPRETED, LOG2_E
+from clinkd.kernels.common import INTERPRETED, LOG2_E, capability
 from clinkd.kernels.rotary_attention_keys import keys_kernel, sum_parts_kernel
 from clinkd.kernels.rotary_tiles import (
-    capability,
     constants,
     count_tiles,
     find_tile,

@@ -212,14 +212,6 @@ def pieces(head_dim: int) -> tuple[int, int]:
     return first, max(16, 1 << (rest - 1).bit_length())
 
 
-def capability(device: torch.device) -> int:
-    """Of the device's compiler target, such as 90; 0 under the interpreter."""
-    if INTERPRETED:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def forward_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     """Of the forward kernel; the largest that spill no register.
 
@@ -230,7 +222,9 @@ def forward_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     if arch == 90 and element_size == 2 and head_dim <= 128:
         return Blocks(64, 64, 4, 3)
     if element_size == 4:
-        return Blocks(64, 32, 8, 2) if head_dim <= 128 else Blocks(32, 16, 8, 1)
+        if head_dim > 128 or (arch >= 90 and 64 < head_dim < 128):
+            return Blocks(32, 16, 8, 2)
+        return Blocks(64, 32, 8, 2) if arch >= 90 and head_dim == 128 else Blocks(64, 16, 8, 2)
     if head_dim <= 64:
         return Blocks(128, 64, 4, 3)
     if head_dim < 128:
@@ -247,7 +241,11 @@ def keys_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
             return Blocks(64, 64, 4, 3)
         return Blocks(64, 32, 4, 2) if head_dim < 96 else Blocks(128, 32, 8, 3)
     if element_size == 4:
-        return Blocks(32, 32, 8, 1) if head_dim <= 128 else Blocks(16, 16, 8, 1)
+        if head_dim > 128:
+            return Blocks(16, 16, 8, 2)
+        if arch < 90 and 64 < head_dim <= 80:
+            return Blocks(32, 16, 8, 2)
+        return Blocks(32, 32, 8, 2 if 80 < head_dim <= 96 else 1)
     if head_dim <= 64:
         return Blocks(64, 32, 4, 2)
     if head_dim < 128:

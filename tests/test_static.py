@@ -43,6 +43,11 @@ def test_reads_loops_and_special_functions():
     assert sass.mix(code).sine_cosine == 1
 
 
+def test_a_spill_is_caught():
+    for spill in ({"stack": 8}, {"local": 2}):
+        assert "spills" in rules(dataclasses.replace(FOUND, **spill), False, None)[0]
+
+
 def test_a_sine_in_a_loop_and_a_longer_loop_are_caught():
     assert rules(FOUND, True, FOUND) == []
     assert (

@@ -3,6 +3,8 @@
     python -m benchmarks.static                      # compile, print, compare with budgets.json
     python -m benchmarks.static --only prefix --arch 80
     python -m benchmarks.static --update             # write what was found into budgets.json
+    python -m benchmarks.static --peers              # others' kernels and losses beside ours
+    python -m benchmarks.static --every              # float32 heads of all sizes: no spills
 
 Each Triton kernel is compiled for sm_80, sm_90 and sm_120 with the constants, alignments, warps and
 stages of a launch, by the compiler that a launch uses; each CUDA C++ kernel by nvcc, where there is
@@ -70,6 +72,8 @@ def rules(found: Figures, attention: bool, twin: Figures | None) -> list[str]:
         twin: the same kernel with rotation compiled out.
     """
     broken = []
+    if found.stack or found.local:
+        broken.append(f"spills: {found.stack} bytes of stack, {found.local} loads and stores")
     if attention and found.loops_sine_cosine:
         broken.append(f"{found.loops_sine_cosine} sines and cosines in loops of an attention")
     if twin is not None and twin.loop and found.loop > MOST_FOR_ROTATION * twin.loop:
@@ -84,6 +88,8 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--arch", type=int, choices=ARCHS, action="append")
+    parser.add_argument("--peers", action="store_true", help="nothing but ours beside others'")
+    parser.add_argument("--every", action="store_true", help="more sizes, which have no budget")
     parser.add_argument("--update", action="store_true", help="write budgets.json")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
@@ -96,10 +102,13 @@ def main() -> None:
     with_cuda = nvcc is not None and (arguments.update or nvcc == book.get("nvcc"))
     if not with_cuda:
         print(f"CUDA C++ left out: nvcc is {nvcc}, budgets.json was made with {book.get('nvcc')}")
+    if arguments.peers:
+        finish(compare(tuple(arguments.arch or ARCHS), with_cuda))
+        return
     jobs = [
         ("triton", arch, case.name)
         for arch in arguments.arch or ARCHS
-        for case in cases(arch)
+        for case in cases(arch, arguments.every)
         if arguments.only in case.name
     ]
     if with_cuda:
@@ -111,6 +120,7 @@ def main() -> None:
         ]
     failed: list[str] = []
     everything: dict[str, Figures] = {}
+    attentions: set[str] = set()
     print(f"{'kernel':58} arch " + " ".join(f"{head:>8}" for head in COLUMNS.values()))
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
         for (_, arch, _), results in zip(jobs, pool.map(compile_one, jobs), strict=True):
@@ -119,22 +129,37 @@ def main() -> None:
                 print(f"{name:58} {arch:4} {numbers}", flush=True)
                 key = f"{name} sm_{arch}"
                 everything[key] = found
-                failed += [f"{key}: {reason}" for reason in rules(found, attention, None)]
-                if arguments.update:
+                attentions |= {key} if attention else set()
+                if arguments.update and not arguments.every:
                     book["cases"][key] = asdict(found)
                     continue
                 budget = book["cases"].get(key)
-                worse = over_budget(found, budget) if budget else ["no budget: run with --update"]
+                none = [] if arguments.every else ["no budget: run with --update"]
+                worse = over_budget(found, budget) if budget else none
                 failed += [f"{key}: {reason}" for reason in worse]
     for key, found in everything.items():
         twin = everything.get(key.replace(" sm_", f"{WITHOUT} sm_"))
-        failed += [f"{key}: {reason}" for reason in rules(found, False, twin)]
+        failed += [f"{key}: {reason}" for reason in rules(found, key in attentions, twin)]
     failed += report()
-    if arguments.update:
+    if arguments.update and not arguments.every:
         book |= {"triton": triton.__version__, "nvcc": nvcc}
         if not arguments.only and not arguments.arch:
             book["cases"] = {key: asdict(found) for key, found in everything.items()}
         BUDGETS.write_text(json.dumps(book, indent=1, sort_keys=True) + "\n")
+    finish(failed)
+
+
+def compare(archs: tuple[int, ...], with_cuda: bool) -> list[str]:
+    """Print ours beside others'; where others do without a stack and ours does not."""
+    from benchmarks.static import losses, peers  # here: they look for what may not be installed
+
+    failed = peers.report(archs, with_cuda, COLUMNS)
+    losses.report()
+    return failed
+
+
+def finish(failed: list[str]) -> None:
+    """Fail where there is a reason to."""
     for reason in failed:
         print(f"over: {reason}")
     if failed:

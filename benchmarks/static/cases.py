@@ -36,9 +36,16 @@ class Case:
     attention: bool = False
 
 
-def cases(arch: int) -> Iterator[Case]:
-    """Shapes of Qwen2-VL-2B: 12 / 2 heads of 128, hidden size 1,536, and other sizes of heads."""
-    yield from _prefix_cases()
+def cases(arch: int, every: bool = False) -> Iterator[Case]:
+    """Shapes of Qwen2-VL-2B: 12 / 2 heads of 128, hidden size 1,536, and other sizes of heads.
+
+    Args:
+        every: float32 heads of all sizes too, slow to compile; they have no budgets.
+    """
+    if every:
+        for head_dim in (32, 64, 96, 112, 256):
+            yield from _attention_cases(arch, "fp32", head_dim)
+    yield from _prefix_cases(arch)
     for head_dim in (32, 64, 80, 96, 128, 256):
         yield from _attention_cases(arch, "bf16", head_dim)
     for head_dim in (64, 80, 128):
@@ -59,10 +66,10 @@ def cases(arch: int) -> Iterator[Case]:
     yield from _loss_cases(arch, "fp16", softcap=30.0, biased=True)
 
 
-def _prefix_cases() -> Iterator[Case]:
+def _prefix_cases(arch: int) -> Iterator[Case]:
     for dtype in ("bf16", "fp32"):
         for rows in (16, 32, 54, 128):
-            tile = prefix.tile(rows, SIZES[dtype])
+            tile = prefix.tile(rows, SIZES[dtype], arch)
             warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
             shape = dict(PREFIX_PIECES=16, Hkv=2, G=6, D=128, PIECE=128, BLOCK_D=128)
             own = {

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <unordered_map>
+#include <vector>
 
 #include "simt.h"
 
@@ -20,6 +21,13 @@ struct Byte {
   Access write, read;
 };
 std::unordered_map<uintptr_t, Byte> bytes;
+
+// A buffer whose accesses are counted, however often a byte of it is read.
+struct Watched {
+  uintptr_t begin, end;
+  uint64_t read, written;
+};
+std::vector<Watched> watched;
 
 bool same_thread(const Place& a, const Place& b) { return a.thread == b.thread && a.block == b.block; }
 
@@ -43,6 +51,9 @@ void check(const Access& before, const Place& now, const char* first, const char
 void touch(const void* address, size_t size, bool writes) {
   Place now;
   if (!where(address, now)) return;
+  for (Watched& buffer : watched)
+    if (reinterpret_cast<uintptr_t>(address) - buffer.begin < buffer.end - buffer.begin)
+      (writes ? buffer.written : buffer.read) += size;
   for (size_t i = 0; i < size; ++i) {
     Byte& byte = bytes[reinterpret_cast<uintptr_t>(address) + i];
     check(byte.write, now, "wrote", writes ? "writes" : "reads");
@@ -67,6 +78,16 @@ void forget_accesses(const void* address, size_t size) {
 }
 
 }  // namespace simt
+
+extern "C" void simt_watch(void* begin, size_t size) {
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  simt::watched.push_back({at, at + size, 0, 0});
+}
+// Bytes read and written of each buffer, in the order of the calls above; no more are counted.
+extern "C" void simt_watched(uint64_t* counts) {
+  for (const auto& buffer : simt::watched) *counts++ = buffer.read, *counts++ = buffer.written;
+  simt::watched.clear();
+}
 
 #define SIMT_TOUCH(size)                                                                      \
   extern "C" void __tsan_read##size(void* p) { simt::touch(p, size, false); }                 \

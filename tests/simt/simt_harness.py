@@ -79,6 +79,25 @@ class SimtMachine:
         if code:
             raise Fault(f"CUDA error {code}: {message}")
 
+    def passes(self, jobs: list[tuple[str, dict[str, Any], Schedule]], *names: str) -> list[float]:
+        """How often the launches read and write each of these fields, as a multiple of its size.
+
+        All accesses count, also to bytes that a GPU has in a cache by then. Needs `races=True`.
+        """
+        assert self.library is not None, "a sanitized library runs apart"
+        tensors = [jobs[0][1][name] for name in names]
+        for tensor in tensors:
+            size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
+            self.library.simt_watch(ctypes.c_void_p(tensor.data_ptr()), size)
+        for job in jobs:
+            self.run(*job)
+        counts = (ctypes.c_uint64 * (2 * len(names)))()
+        self.library.simt_watched(counts)
+        return [
+            (counts[2 * i] + counts[2 * i + 1]) / (tensor.numel() * tensor.element_size())
+            for i, tensor in enumerate(tensors)
+        ]
+
     def run_apart(self, jobs: list[tuple[str, dict[str, Any], Schedule]]) -> None:
         """Launch (function, fields, schedule) one after the other in a process of their own.
 
