@@ -1,5 +1,6 @@
 """Checks at the door of the ops: name the argument, what it must be, what it was."""
 
+import math
 import os
 
 import torch
@@ -24,6 +25,30 @@ def check_labels(labels: Tensor, rows: int) -> None:
         raise ValueError(f"labels must be [N] = [{rows}], got shape {tuple(labels.shape)}")
 
 
+def check_weight(weight: Tensor | None, rows: int) -> None:
+    """Floating, one a row: kernels read it by row."""
+    if weight is None:
+        return
+    check_float("weight", weight, 1, "[N]")
+    if weight.shape != (rows,):
+        raise ValueError(f"weight must be [N] = [{rows}], got shape {tuple(weight.shape)}")
+
+
+def check_devices(labels: Tensor, **others: Tensor | None) -> None:
+    """All on the labels' device: a kernel would read another's memory as its own."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != labels.device:
+            raise ValueError(
+                f"{name} must be on {labels.device} as labels are, got {tensor.device}"
+            )
+
+
+def check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
+    """[V], of a head [V, C]."""
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name} must be [V] = [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+
+
 def checking() -> bool:
     """Whether rows are looked at one by one (CLINKD_CHECK=1), for which the host waits."""
     return os.environ.get("CLINKD_CHECK") == "1"
@@ -33,10 +58,10 @@ def check_head(name: str, hidden: Tensor, weight: Tensor) -> None:
     """Hidden states [N, C] of a model and its output head [V, C]."""
     check_float(f"{name}_hidden", hidden, 2, "[N, C]")
     check_float(f"{name}_weight", weight, 2, "[V, C]")
-    if hidden.shape[1] != weight.shape[1]:
+    if hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(
-            f"{name}_weight must be [V, C] with C = {hidden.shape[1]} as in {name}_hidden, "
-            f"got shape {tuple(weight.shape)}"
+            f"{name}_weight must be [V, C] with C = "
+            f"{hidden.shape[1]} as in {name}_hidden and V above 0, got shape {tuple(weight.shape)}"
         )
 
 
@@ -92,8 +117,11 @@ def check_options(
     known: tuple[str, ...],
     beta: float,
     skew: float,
+    softcap: float | None,
 ) -> None:
     """Numbers and names of the distillation loss."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be above 0 and finite, or None, got {softcap}")
     if not kd_weight >= 0:
         raise ValueError(f"kd_weight must be at least 0, got {kd_weight}")
     if not temperature > 0:

@@ -6,7 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clinkd.ops._checks import check_float, check_labels, check_options, check_rows
+from clinkd.ops._checks import (
+    check_devices,
+    check_float,
+    check_labels,
+    check_options,
+    check_rows,
+    check_weight,
+)
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
 from clinkd.ops._kd_at_once import WithGradient, rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import operator_options
@@ -82,7 +89,11 @@ def kd_loss(
             f"teacher_logits must have N = {student_logits.shape[0]} rows, "
             f"got shape {tuple(teacher_logits.shape)}"
         )
-    check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
+    check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)
+    check_weight(weight, student_logits.shape[0])
+    check_devices(
+        labels, student_logits=student_logits, teacher_logits=teacher_logits, weight=weight
+    )
     if process_group is None:
         check_rows(student_logits, teacher_logits, labels, ignore_index)
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)

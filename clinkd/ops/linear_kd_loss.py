@@ -7,7 +7,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clinkd.ops._checks import check_head, check_labels, check_options, check_rows, check_vocab_size
+from clinkd.ops._checks import (
+    check_bias,
+    check_devices,
+    check_head,
+    check_labels,
+    check_options,
+    check_rows,
+    check_vocab_size,
+    check_weight,
+)
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
 from clinkd.ops._kd_at_once import rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
@@ -76,7 +85,20 @@ def linear_kd_loss(
         )
     check_labels(labels, rows)
     check_vocab_size(vocab_size, student_weight)
-    check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
+    check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)
+    check_weight(weight, rows)
+    check_bias("student_bias", student_bias, student_weight)
+    check_bias("teacher_bias", teacher_bias, teacher_weight)
+    check_devices(
+        labels,
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        student_bias=student_bias,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+        weight=weight,
+    )
     count = default_num_items(labels, ignore_index) if num_items is None else num_items
     kept = (labels != ignore_index).nonzero().squeeze(1)
     teacher_hidden = teacher_hidden.detach()

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from clinkd.ops import _topk_kd_native as native
-from clinkd.ops._checks import check_head, check_labels, check_options, check_rows, check_vocab_size
+from clinkd.ops._checks import (
+    check_bias,
+    check_devices,
+    check_head,
+    check_labels,
+    check_options,
+    check_rows,
+    check_vocab_size,
+    check_weight,
+)
 from clinkd.ops._impl import native_impl, resolve_impl
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
 from clinkd.ops.kd_loss import IMPLS, KDLoss, default_num_items, why_not
@@ -57,7 +66,19 @@ def linear_topk_kd_loss(
     check_vocab_size(vocab_size, student_weight)
     check_labels(labels, student_hidden.shape[0])
     check_top(teacher_logits, teacher_ids, teacher_lse, labels.shape[0])
-    check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
+    check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)
+    check_weight(weight, labels.shape[0])
+    check_bias("student_bias", student_bias, student_weight)
+    check_devices(
+        labels,
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        student_bias=student_bias,
+        teacher_logits=teacher_logits,
+        teacher_ids=teacher_ids,
+        teacher_lse=teacher_lse,
+        weight=weight,
+    )
     if workspace == 0:
         raise ValueError("workspace must be above 0: top-k distillation stores a chunk's logits")
     impl = resolve_impl(

@@ -52,6 +52,10 @@ def rotary(
         return out
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("inplace must be False where x needs a gradient")
+    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(
+            f"inplace must be False where elements of x share memory, got strides {x.stride()}"
+        )
     torch.ops.clinkd.rotary_(x, positions, spec.key, inverse, impl)
     return x
 

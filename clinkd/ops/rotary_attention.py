@@ -162,11 +162,14 @@ def _attend(
     Sq, Sk = q.shape[2], k.shape[2]
     offset = Sk - Sq
     blind = min(max(0, -offset), Sq) if causal else 0
-    if Sk == 0 or blind or q.numel() == 0:  # queries that see no key give 0
+    if q.numel() == 0:
+        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+        return q * 0 + (k.sum() + v.sum()) * 0, lse
+    if Sk == 0 or blind:  # queries that see no key give 0
         blind = Sq if Sk == 0 else blind
         zero = q[:, :, :blind] * 0 + (k.sum() + v.sum()) * 0
         lse = torch.full(zero.shape[:3], -torch.inf, device=q.device)
-        if blind == Sq or q.numel() == 0:
+        if blind == Sq:
             return zero, lse
         out, rest = _attend(q[:, :, blind:], k, v, causal, scale, window)
         return torch.cat([zero, out], dim=2), torch.cat([lse, rest], dim=2)

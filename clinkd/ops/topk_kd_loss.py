@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinkd.ops._checks import check_float, check_labels, check_options, check_rows
+from clinkd.ops._checks import (
+    check_devices,
+    check_float,
+    check_labels,
+    check_options,
+    check_rows,
+    check_weight,
+)
 from clinkd.ops._impl import native_impl, resolve_impl
 from clinkd.ops.kd_loss import IMPLS, KDLoss, reduce_rows, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES
@@ -51,7 +58,16 @@ def topk_kd_loss(
     check_float("student_logits", student_logits, 2, "[N, Vs]")
     check_labels(labels, student_logits.shape[0])
     check_top(teacher_logits, teacher_ids, teacher_lse, labels.shape[0])
-    check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew)
+    check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)
+    check_weight(weight, labels.shape[0])
+    check_devices(
+        labels,
+        student_logits=student_logits,
+        teacher_logits=teacher_logits,
+        teacher_ids=teacher_ids,
+        teacher_lse=teacher_lse,
+        weight=weight,
+    )
     check_rows(student_logits, None, labels, ignore_index)
     impl = resolve_impl(
         impl, IMPLS, native_impl(labels.device), why_not, labels.device, student_logits.dtype

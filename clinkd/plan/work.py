@@ -114,7 +114,7 @@ def _parts(size: ModelSize) -> dict[str, int]:
 def _stages(config: RunConfig, train: Sequence[Record]) -> dict[str, tuple[int, TrainConfig]]:
     """Records and settings of each stage that trains."""
     share = max(1, round(config.data.teacher_fraction * len(train)))
-    learnt = len(train) * (2 if config.distill.pseudo_labels == "both" else 1)
+    learnt = len(train) * (1 if config.distill.pseudo_labels == "soft" else 2)
     found: dict[str, tuple[int, TrainConfig]] = {
         "teacher": (share, config.teacher),
         "distill": (learnt, config.distill),

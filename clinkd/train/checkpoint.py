@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, Trainer
 
 from clinkd.errors import SetupError
 from clinkd.train.adapter import trained_state
-from clinkd.train.parallel import any_rank
+from clinkd.train.parallel import any_rank, world_size
+
+PROCESSES = "processes.txt"  # in a checkpoint: how many made it
 
 
 def save_model(
@@ -80,6 +82,8 @@ class CheckpointTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             with self._writing(OSError):
                 super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    (Path(self._staging) / name / PROCESSES).write_text(str(world_size()))
             if self._all_wrote(root / name) and self.args.should_save:
                 with self._writing(OSError):
                     shutil.rmtree(root / name, ignore_errors=True)
@@ -160,6 +164,22 @@ class CheckpointTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
+
+
+def require_same_processes(checkpoint: Path) -> None:
+    """A step is so many records of each process: with others the order of the data moves.
+
+    Raises:
+        SetupError: the checkpoint was made by another number of processes.
+    """
+    place = checkpoint / PROCESSES
+    before = int(place.read_text()) if place.is_file() else world_size()
+    if before != world_size():
+        raise SetupError(
+            f"{checkpoint}: made by {before} processes, this run has {world_size()}, and would "
+            f"skip or repeat records; set parallel.processes={before}, or delete "
+            f"{checkpoint.parent} to train this stage from its start"
+        )
 
 
 def _reason(error: Exception) -> object:

@@ -22,10 +22,15 @@ from clinkd.data.records import Record
 from clinkd.data.teacher_cache import TeacherCache
 from clinkd.errors import Preempted, SetupError
 from clinkd.train.adapter import merged
-from clinkd.train.checkpoint import CheckpointTrainer, save_model, whole_state
+from clinkd.train.checkpoint import (
+    CheckpointTrainer,
+    require_same_processes,
+    save_model,
+    whole_state,
+)
 from clinkd.train.job import Job
 from clinkd.train.loss import answer_forward
-from clinkd.train.parallel import deepspeed_config, is_first, world_size
+from clinkd.train.parallel import any_rank, deepspeed_config, is_first, world_size
 from clinkd.train.sampler import BucketSampler
 from clinkd.train.teachers import CachedRows, CachedTeacher, LiveTeacher, Teacher
 from clinkd.train.watch import Watch
@@ -97,6 +102,8 @@ def train(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last is not None:
+        require_same_processes(Path(last))
     done = int(last.rsplit("-", 1)[1]) if last else 0
     if is_first():
         job.log.forget(job.stage, after_step=done if last else -1)
@@ -104,6 +111,7 @@ def train(
     whole_tower = job.strategy != "ddp"
     with callback.signals(), answer_forward(model, vocabulary, whole_tower=whole_tower):
         trainer.train(resume_from_checkpoint=last)
+    trainer.require_finite()
     if callback.preempted:
         step = trainer.state.global_step
         raise Preempted(f"stage {job.stage}: stopped by a signal at step {step}, all saved")
@@ -249,10 +257,7 @@ class AnswerTrainer(CheckpointTrainer):
         if self._parts and "loss" in logs:
             steps = self.state.global_step - self.logged_step
             parts = torch.stack(self._parts)
-            finite = parts.isfinite().all(dim=1)
-            if self.watch is not None and not finite.all():
-                places = self._places[int(finite.int().argmin())].tolist()
-                self.watch.faulty = [self.records[place].id for place in places]
+            self._find_faulty(parts)
             total = self.accelerator.reduce(parts.sum(dim=0), "sum")
             ce, kd = (total / max(1, steps)).tolist()
             self.logged_step = self.state.global_step
@@ -260,6 +265,29 @@ class AnswerTrainer(CheckpointTrainer):
             self._parts.clear()
             self._places.clear()
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.require_finite()  # the checkpoints before it must not give way to such a one
+        super()._save_checkpoint(model, trial)
+
+    def require_finite(self) -> None:
+        """Raise on every rank where a weight of one is no number; all must ask."""
+        learned = (p for p in self.model.parameters() if p.requires_grad)
+        # of a weight that DeepSpeed has cut, this rank's share
+        sums = [getattr(p, "ds_tensor", p).detach().sum(dtype=torch.float32) for p in learned]
+        if not any_rank(not torch.stack(sums).isfinite().all()):
+            return
+        if self._parts:
+            self._find_faulty(torch.stack(self._parts))
+        if self.watch is not None:
+            raise self.watch.not_finite("a weight is not finite", self.state.global_step)
+
+    def _find_faulty(self, parts: Tensor) -> None:
+        """Tell the watch which records the first micro-batch without a finite loss held."""
+        finite = parts.isfinite().all(dim=1)
+        if self.watch is not None and not finite.all():
+            places = self._places[int(finite.int().argmin())].tolist()
+            self.watch.faulty = [self.records[place].id for place in places]
 
 
 def _require_logger(job: Job) -> None:

@@ -84,12 +84,15 @@ class Watch(TrainerCallback):
                 for name, value in (row | speed).items():
                     self._board.add_scalar(f"{self.job.stage}/{name}", value, state.global_step)
         if "loss" in logs and not math.isfinite(self.last_loss):
-            told = f"; the first such batch held {', '.join(self.faulty)}" if self.faulty else ""
-            raise ClinkdError(
-                f"stage {self.job.stage}: the loss is {self.last_loss} at step "
-                f"{state.global_step}{told}; lower learning_rate, or set CLINKD_CHECK=1 to find "
-                "the row"
-            )
+            raise self.not_finite(f"the loss is {self.last_loss}", state.global_step)
+
+    def not_finite(self, what: str, step: int) -> ClinkdError:
+        """The error that stops a stage."""
+        told = f"; the first such batch held {', '.join(self.faulty)}" if self.faulty else ""
+        return ClinkdError(
+            f"stage {self.job.stage}: {what} at step {step}{told}; lower learning_rate, or set "
+            "CLINKD_CHECK=1 to find the row"
+        )
 
     def _speed(self, state: TrainerState) -> dict[str, float]:
         """Since the last row: tokens a second over all processes, share of the peak, memory."""

@@ -7,10 +7,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clinkd.config import DemoModelConfig, TrainConfig
 from clinkd.data.records import read_records
+from clinkd.errors import ClinkdError, SetupError
 from clinkd.models import apply
 from clinkd.models.demo import build_model, build_processor
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.train import watch
+from clinkd.train.checkpoint import PROCESSES, require_same_processes
 from clinkd.train.job import Job
 from clinkd.train.log import MetricsLog
 from clinkd.train.trainer import AnswerTrainer, train
@@ -95,3 +97,40 @@ def test_a_frozen_vision_tower_stays_as_it_was(tmp_path, records, processor):
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     assert changed
     assert not [name for name in changed if "visual" in name]
+
+
+def poison(monkeypatch, step):
+    """One weight stops being a number after a step."""
+    real = watch.Watch.on_step_end
+
+    def on_step_end(self, args, state, control, model=None, **more):
+        if state.global_step == step:
+            with torch.no_grad():
+                model.lm_head.weight[5, 0] = torch.nan
+        return real(self, args, state, control, **more)
+
+    monkeypatch.setattr(watch.Watch, "on_step_end", on_step_end)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_no_model_or_checkpoint_with_nan_is_saved(tmp_path, records, processor, monkeypatch, step):
+    """Between two log lines, and after the last one."""
+    poison(monkeypatch, step)
+    job = make_job(tmp_path, records)
+    settings = TrainConfig(epochs=2, batch_size=4, log_steps=10, save_steps=2)
+    with pytest.raises(ClinkdError, match=r"not finite|the loss is nan"):
+        train(job, apply(build_model(processor, SIZE, 0)), processor, settings)
+    assert not (tmp_path / "a" / "config.json").exists()
+    kept = sorted(path.name for path in (tmp_path / "a" / "checkpoints").glob("checkpoint-*"))
+    assert kept == ["checkpoint-2"]
+
+
+def test_resuming_with_other_processes_is_refused(tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    require_same_processes(checkpoint)
+    (checkpoint / PROCESSES).write_text("1")
+    require_same_processes(checkpoint)
+    (checkpoint / PROCESSES).write_text("2")
+    with pytest.raises(SetupError, match="made by 2 processes, this run has 1"):
+        require_same_processes(checkpoint)

@@ -76,7 +76,7 @@ def divergence_rows(
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row, 0 log 0 = 0."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(dim=-1)
+    return torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q)).sum(dim=-1)  # NaN stays
 
 
 def _log_mix(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:

@@ -1,0 +1,26 @@
+"""Rows that are none, and memory that is shared."""
+
+import pytest
+import torch
+
+from clinkd.ops import rotary, rotary_attention
+from clinkd.rotary import RotarySpec
+
+SPEC = RotarySpec.split(32)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_attention_over_no_rows(impl):
+    q, k = (torch.randn(0, 20, heads, 32, requires_grad=True) for heads in (2, 1))
+    positions = torch.zeros(2, 0, 20)
+    out, lse = rotary_attention(q, k, k, positions, SPEC, return_lse=True, impl=impl)
+    assert out.shape == q.shape
+    assert lse.shape == (0, 2, 20)
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_in_place_refuses_elements_that_share_memory():
+    x = torch.randn(1, 20, 1, 32).expand(1, 20, 4, 32)
+    with pytest.raises(ValueError, match="inplace must be False where elements of x share memory"):
+        rotary(x, torch.zeros(2, 1, 20), SPEC, inplace=True)
