@@ -25,6 +25,30 @@ struct alignas(V * sizeof(T)) Pack {
 
 __device__ __forceinline__ float float_infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float float_nan() { return __int_as_float(0x7fffffff); }
+// 16 bytes from global to shared memory while the thread goes on; `wait_for_copies` before it reads.
+__device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) {
+#ifdef __CUDA_ARCH__
+  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(global) : "memory");
+#else
+  *static_cast<float4*>(shared) = *static_cast<const float4*>(global);
+#endif
+}
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+// 2^x, of which results below the least normal number are 0: one instruction, `exp2f` takes four.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
 // A maximum to subtract: 0 where nothing is above -inf, for -inf - -inf is NaN.
 __device__ __forceinline__ float finite_level(float top) {
   return top == -float_infinity() ? 0.0f : top;

@@ -12,26 +12,32 @@ int start(void (*kernel)(KDArgs), const KDArgs& a, void* stream) {
   return launch(kernel, dim3(static_cast<unsigned>(a.rows)), kKDThreads, stream, a);
 }
 
-template <typename T, int V, int POWER>
+template <typename T, int V, int KIND>
 int run(const KDArgs& a, Pass pass, void* stream) {
-  const auto kernel = pass == Pass::kGradient ? kd_gradient_kernel<T, V, POWER>
-                                              : kd_statistics_kernel<T, V, POWER>;
+  const auto kernel = pass == Pass::kGradient ? kd_gradient_kernel<T, V, KIND>
+                                              : kd_statistics_kernel<T, V, KIND>;
   return start(kernel, a, stream);
 }
 
 template <typename T, int V>
-int with_power(const KDArgs& a, Pass pass, void* stream) {
-  const bool same = a.student_columns == a.teacher_columns;
-  if (same && a.temperature == 1.0f) return run<T, V, 1>(a, pass, stream);
-  if (same && a.temperature == 2.0f) return run<T, V, 2>(a, pass, stream);
-  return run<T, V, 0>(a, pass, stream);
+int with_kind(const KDArgs& a, Pass pass, void* stream) {
+  switch (kd_kind(a)) {
+    case kKLAtOne:
+      return run<T, V, kKLAtOne>(a, pass, stream);
+    case kKLAtTwo:
+      return run<T, V, kKLAtTwo>(a, pass, stream);
+    case kKLAtAny:
+      return run<T, V, kKLAtAny>(a, pass, stream);
+    default:
+      return run<T, V, kAnyLoss>(a, pass, stream);
+  }
 }
 
 template <typename T>
 int with_width(const KDArgs& a, Pass pass, void* stream) {
   if (pass == Pass::kDivergence) return start(kd_divergence_kernel<T>, a, stream);
-  if (kd_whole_packs(a, sizeof(T))) return with_power<T, 16 / sizeof(T)>(a, pass, stream);
-  return with_power<T, 1>(a, pass, stream);
+  if (kd_whole_packs(a, sizeof(T))) return with_kind<T, 16 / sizeof(T)>(a, pass, stream);
+  return run<T, 1, kAnyLoss>(a, pass, stream);
 }
 
 int with_type(const KDArgs& a, Pass pass, void* stream) {

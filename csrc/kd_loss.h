@@ -11,8 +11,9 @@ enum KDDivergence { kForwardKL = 0, kReverseKL = 1, kJSD = 2, kSkewKL = 3 };
 
 // What the statistics pass leaves of a row for the gradient pass: of the student at temperature 1
 // (over its whole vocabulary), of the student and of the teacher at T (over the common columns)
-// the largest logit and one over the sum of exponentials relative to it; then the sum over the
-// vocabulary of q times the divergence's derivative by q, see `kd_loss_cpu.cpp`.
+// a level, the largest logit or one not far below it, and one over the sum of exponentials relative to
+// that level; then the sum over the vocabulary of q times the divergence's derivative by q, see
+// `kd_loss_cpu.cpp`.
 enum KDStatistic {
   kTop,
   kInverse,

@@ -8,23 +8,29 @@ namespace {
 
 constexpr int64_t kScaleBlocks = 1024;  // several for each multiprocessor
 
-template <typename T, int POWER>
+template <typename T, int KIND>
 int run(const KDArgs& a, void* stream) {
   const dim3 grid(static_cast<unsigned>(a.rows * kKDCluster));
   const size_t bytes = static_cast<size_t>(kd_cluster_bytes(a.student_columns, sizeof(T)));
-  return launch(kd_cluster_kernel<T, 16 / sizeof(T), POWER>, grid, kKDThreads, stream, a, bytes,
+  return launch(kd_cluster_kernel<T, 16 / sizeof(T), KIND>, grid, kKDThreads, stream, a, bytes,
                 kKDCluster);
 }
 
 template <typename T>
-int with_power(const KDArgs& a, void* stream) {
+int with_kind(const KDArgs& a, void* stream) {
   if (!kd_whole_packs(a, sizeof(T)) || a.rows > INT32_MAX / kKDCluster ||
       kd_cluster_bytes(a.student_columns, sizeof(T)) > kKDClusterBytes)
     return static_cast<int>(cudaErrorInvalidValue);
-  const bool same = a.student_columns == a.teacher_columns;
-  if (same && a.temperature == 1.0f) return run<T, 1>(a, stream);
-  if (same && a.temperature == 2.0f) return run<T, 2>(a, stream);
-  return run<T, 0>(a, stream);
+  switch (kd_kind(a)) {
+    case kKLAtOne:
+      return run<T, kKLAtOne>(a, stream);
+    case kKLAtTwo:
+      return run<T, kKLAtTwo>(a, stream);
+    case kKLAtAny:
+      return run<T, kKLAtAny>(a, stream);
+    default:
+      return run<T, kAnyLoss>(a, stream);
+  }
 }
 
 template <typename T>
@@ -40,11 +46,11 @@ int kd_cluster_cuda(const KDArgs& args, void* stream) {
   if (args.rows == 0) return 0;
   switch (args.type) {
     case kFloat32:
-      return with_power<float>(args, stream);
+      return with_kind<float>(args, stream);
     case kFloat16:
-      return with_power<__half>(args, stream);
+      return with_kind<__half>(args, stream);
     default:
-      return with_power<__nv_bfloat16>(args, stream);
+      return with_kind<__nv_bfloat16>(args, stream);
   }
 }
 

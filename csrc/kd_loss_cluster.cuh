@@ -21,8 +21,9 @@ namespace clinkd {
 
 // Grid: kKDCluster blocks a row, one cluster. `grad` may be `student`: a row is in shared memory
 // before any block writes.
-template <typename T, int V, int POWER>
-__global__ void __launch_bounds__(kKDThreads, 2) kd_cluster_kernel(const KDArgs a) {
+template <typename T, int V, int KIND>
+__global__ void __launch_bounds__(kKDThreads, KIND == kAnyLoss ? 1 : 2)
+    kd_cluster_kernel(const KDArgs a) {
 #if CLINKD_CLUSTERS
   extern __shared__ float4 kept[];
   __shared__ KDSums of_warps[kKDWarps];
@@ -43,7 +44,6 @@ __global__ void __launch_bounds__(kKDThreads, 2) kd_cluster_kernel(const KDArgs 
     write_zeros<T, V>(out, columns);
     return;
   }
-  cluster.sync();  // every block runs, so its shared memory can be written
   const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
   const T* teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride + begin;
   const bool right = label >= 0 && label < a.student_columns, reverse = a.divergence == kReverseKL;
@@ -51,15 +51,19 @@ __global__ void __launch_bounds__(kKDThreads, 2) kd_cluster_kernel(const KDArgs 
   const float picked = first && right ? capped(to_float(student[label]), a.softcap) : float_nan();
   T* kept_student = reinterpret_cast<T*>(kept);
   T* kept_teacher = kept_student + share;
+  keep_row<T, V>(kept_student, student + begin, columns);
+  keep_row<T, V>(kept_teacher, teacher, common);
+  wait_for_copies();
+  __syncthreads();  // columns that only the student has are read one by one, by other threads
   const float scale = kLog2E / a.temperature;
-  KDSums sums = add_row<T, V, POWER, true>(a, student + begin, teacher, columns, common,
-                                           kept_student, kept_teacher);
+  KDSums sums = add_row<T, V, KIND>(a, kept_student, kept_teacher, columns, common);
   sums = reduce_sums(sums, of_warps, scale, reverse);
+  cluster.sync();  // every block runs, so its shared memory can be written
   if (threadIdx.x < kKDCluster)
     *cluster.map_shared_rank(of_blocks + rank, static_cast<int>(threadIdx.x)) = sums;
   cluster.sync();
-  sums = of_blocks[0];
-  for (int block = 1; block < kKDCluster; ++block) sums.merge(of_blocks[block], scale, reverse);
+  sums = of_blocks[threadIdx.x % kKDCluster];
+  combine<kKDCluster>(sums, scale, reverse);
   float s[kStatistics];
   row_statistics(sums, right, reverse, s);
   float2 divergence = {s[kMean], s[kMean]};
@@ -82,7 +86,7 @@ __global__ void __launch_bounds__(kKDThreads, 2) kd_cluster_kernel(const KDArgs 
     a.ce[row] = cross_entropy(sums, picked);
     a.kd[row] = a.temperature * a.temperature * divergence.x;
   }
-  write_gradient<T, V, POWER>(a, row, s, kept_student, kept_teacher, columns, common,
+  write_gradient<T, V, KIND>(a, row, s, kept_student, kept_teacher, columns, common,
                               label - begin, out);
 #endif
 }

@@ -11,7 +11,7 @@
 namespace clinkd {
 
 // Grid: one block a row.
-template <typename T, int V, int POWER>
+template <typename T, int V, int KIND>
 __global__ void __launch_bounds__(kKDThreads) kd_statistics_kernel(const KDArgs a) {
   __shared__ KDSums shared[kKDWarps];
   __shared__ float pairs[kKDWarps][2];
@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kKDThreads) kd_statistics_kernel(const KDArgs 
   const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
   const T* teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
   const bool reverse = a.divergence == kReverseKL;
-  KDSums sums = add_row<T, V, POWER, false>(a, student, teacher, a.student_columns,
-                                            common_columns(a), nullptr, nullptr);
+  KDSums sums = add_row<T, V, KIND>(a, student, teacher, a.student_columns, common_columns(a));
   sums = reduce_sums(sums, shared, kLog2E / a.temperature, reverse);
   if (threadIdx.x == 0) {
     const bool right = label >= 0 && label < a.student_columns;
@@ -48,10 +47,11 @@ __global__ void __launch_bounds__(kKDThreads) kd_statistics_kernel(const KDArgs 
   if (threadIdx.x < kMean) found[threadIdx.x] = s[threadIdx.x];
 }
 
-// Grid: one block a row. `grad` may be `student`: a thread reads its logits before it writes. The
-// single loads of V = 1 want many threads (three blocks, 40 registers); 0 leaves it to the compiler.
-template <typename T, int V, int POWER>
-__global__ void __launch_bounds__(kKDThreads, V == 1 ? 3 : 0) kd_gradient_kernel(const KDArgs a) {
+// Grid: one block a row. `grad` may be `student`: a thread reads its logits before it writes. Memory is
+// what it waits for, so it wants many threads (three blocks, 40 registers) where the work leaves room for it; 0: as the compiler likes.
+template <typename T, int V, int KIND>
+__global__ void __launch_bounds__(kKDThreads, V == 1 || KIND != kAnyLoss ? 3 : 0)
+    kd_gradient_kernel(const KDArgs a) {
   const int64_t row = blockIdx.x;
   T* out = static_cast<T*>(a.grad) + row * a.grad_stride;
   const int64_t label = a.labels[row];
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kKDThreads, V == 1 ? 3 : 0) kd_gradient_kernel
   float s[kStatistics];
 #pragma unroll
   for (int i = 0; i < kStatistics; ++i) s[i] = a.statistics[row * kStatistics + i];
-  write_gradient<T, V, POWER>(a, row, s, student, teacher, columns, common, label, out);
+  write_gradient<T, V, KIND>(a, row, s, student, teacher, columns, common, label, out);
 }
 
 }  // namespace clinkd

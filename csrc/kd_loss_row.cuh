@@ -9,12 +9,21 @@
 
 namespace clinkd {
 
+// `columns` of a row into shared memory, where each thread waits for its own with `wait_for_copies`.
+// Both begin on 16 bytes.
+template <typename T, int V>
+__device__ __forceinline__ void keep_row(T* kept, const T* row, int64_t columns) {
+  static_assert(V * sizeof(T) == 16);
+  const int64_t packs = columns / V;
+  for (int64_t i = threadIdx.x; i < packs; i += kKDThreads)
+    copy_16_bytes(kept + i * V, row + i * V);
+  for (int64_t i = packs * V + threadIdx.x; i < columns; i += kKDThreads) kept[i] = row[i];
+}
+
 // This thread's sums over `columns` of the student, of which the teacher has the first `common`.
-// KEEP: what is read is also written to `kept_student` and `kept_teacher`.
-template <typename T, int V, int POWER, bool KEEP>
+template <typename T, int V, int KIND>
 __device__ __forceinline__ KDSums add_row(const KDArgs& a, const T* student, const T* teacher,
-                                          int64_t columns, int64_t common, T* kept_student,
-                                          T* kept_teacher) {
+                                          int64_t columns, int64_t common) {
   using P = Pack<T, V>;
   const float scale = kLog2E / a.temperature;
   const bool reverse = a.divergence == kReverseKL;
@@ -24,23 +33,16 @@ __device__ __forceinline__ KDSums add_row(const KDArgs& a, const T* student, con
   for (int64_t i = threadIdx.x; i < packs; i += kKDThreads) {
     const P z = *reinterpret_cast<const P*>(student + i * V);
     const P t = *reinterpret_cast<const P*>(teacher + i * V);
-    if (KEEP) {
-      *reinterpret_cast<P*>(kept_student + i * V) = z;
-      *reinterpret_cast<P*>(kept_teacher + i * V) = t;
-    }
-    add_logits<T, V, POWER>(sums, z, t, scale, a.softcap, reverse);
+    add_logits<T, V, KIND>(sums, z, t, scale, a.softcap, reverse);
   }
   for (int64_t i = packs * V + threadIdx.x; i < common; i += kKDThreads) {
     const Pack<T, 1> z = {student[i]}, t = {teacher[i]};
-    if (KEEP) kept_student[i] = z.item[0], kept_teacher[i] = t.item[0];
-    add_logits<T, 1, POWER>(sums, z, t, scale, a.softcap, reverse);
+    add_logits<T, 1, KIND>(sums, z, t, scale, a.softcap, reverse);
   }
   for (int64_t i = common + threadIdx.x; i < columns; i += kKDThreads) {
-    const T logit = student[i];
-    if (KEEP) kept_student[i] = logit;
-    const float z = capped(to_float(logit), a.softcap);
-    if (z > sums.top) sums.raise_all(z);
-    sums.total += exp2f((z - finite_level(sums.top)) * kLog2E);
+    const float z = capped(to_float(student[i]), a.softcap);
+    if (z > sums.top + kRoom / kLog2E) sums.raise_all(z);
+    sums.total += power_of_two((z - finite_level(sums.top)) * kLog2E);
   }
   return sums;
 }
@@ -66,25 +68,17 @@ __device__ __forceinline__ float cross_entropy(const KDSums& sums, float picked)
   return (sums.top - picked) + (sums.total > 0 ? logf(sums.total) : float_nan());
 }
 
-// Gradient of one logit; t is read where `shared`.
-template <int POWER>
+// Gradient of one logit, but for the label's one; t is read where `shared`.
 __device__ __forceinline__ float logit_gradient(const KDArgs& a, const float* s, float raw_z,
-                                                float raw_t, bool shared, bool is_label, float ce,
-                                                float kd, float scale) {
+                                                float raw_t, bool shared, float ce, float kd,
+                                                float scale) {
   const float z = capped(raw_z, a.softcap);
-  float q = 0.0f, q_log = 0.0f;
+  float grad = ce * power_of_two((z - s[kTop]) * kLog2E) * s[kInverse];
   if (shared) {
-    q_log = (z - s[kSoftTop]) * scale;
-    q = exp2f(q_log);
-  }
-  float grad = POWER == 1   ? q
-               : POWER == 2 ? q * q
-                            : exp2f((z - s[kTop]) * kLog2E);
-  grad = ce * (grad * s[kInverse] - (is_label ? 1.0f : 0.0f));
-  if (shared) {
-    q *= s[kSoftInverse];
+    const float q_log = (z - s[kSoftTop]) * scale;
+    const float q = power_of_two(q_log) * s[kSoftInverse];
     const float p_log = (capped(raw_t, a.softcap) - s[kTargetTop]) * scale;
-    const float p = exp2f(p_log) * s[kTargetInverse];
+    const float p = power_of_two(p_log) * s[kTargetInverse];
     float pull = 0.0f;
     if (a.divergence == kForwardKL) {
       pull = q - p;
@@ -100,35 +94,64 @@ __device__ __forceinline__ float logit_gradient(const KDArgs& a, const float* s,
     if (!(s[kSoftInverse] == s[kSoftInverse])) pull = float_nan();
     grad += kd * pull;
   }
-  if (a.softcap > 0) grad *= 1.0f - (z / a.softcap) * (z / a.softcap);
   return grad;
 }
 
+// What the softcap makes of the gradient of one capped logit.
+__device__ __forceinline__ float through_cap(const KDArgs& a, float raw_z, float grad) {
+  if (!(a.softcap > 0)) return grad;
+  const float share = capped(raw_z, a.softcap) / a.softcap;
+  return grad * (1.0f - share * share);
+}
+
 // Gradient of `columns` of a row; `label`: the label's column among them, if it is one.
-template <typename T, int V, int POWER>
+template <typename T, int V, int KIND>
 __device__ __forceinline__ void write_gradient(const KDArgs& a, int64_t row, const float* s,
                                                const T* student, const T* teacher, int64_t columns,
                                                int64_t common, int64_t label, T* out) {
   using P = Pack<T, V>;
   const float scale = kLog2E / a.temperature;
   const float ce = a.ce_factor[row], kd = a.kd_factor[row] * a.temperature;
+  const float of_all = ce * s[kInverse];
+  const float of_soft = kd * s[kSoftInverse], of_target = kd * s[kTargetInverse];
   const int64_t whole = common / V;  // packs of which the teacher has every column
+  const int64_t label_pack = label < 0 ? -1 : label / V;
+  const int label_item = static_cast<int>(label - label_pack * V);
   for (int64_t i = threadIdx.x; i < whole; i += kKDThreads) {
     const P zs = *reinterpret_cast<const P*>(student + i * V);
     const P ts = *reinterpret_cast<const P*>(teacher + i * V);
-    P grads;
+    float grads[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const float z = to_float(zs.item[j]), t = to_float(ts.item[j]);
+      if (KIND == kAnyLoss) {
+        grads[j] = logit_gradient(a, s, z, t, true, ce, kd, scale);
+      } else {
+        const float q = power_of_two((z - s[kSoftTop]) * scale);
+        const float all = KIND == kKLAtOne   ? q
+                          : KIND == kKLAtTwo ? q * q
+                                             : power_of_two((z - s[kTop]) * kLog2E);
+        const float p = power_of_two((t - s[kTargetTop]) * scale);
+        grads[j] = all * of_all + (q * of_soft - p * of_target);
+      }
+    }
+    if (i == label_pack) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) grads[j] -= j == label_item ? ce : 0.0f;
+    }
+    P rounded;
 #pragma unroll
     for (int j = 0; j < V; ++j)
-      from_float(grads.item[j],
-             logit_gradient<POWER>(a, s, to_float(zs.item[j]), to_float(ts.item[j]), true,
-                                   i * V + j == label, ce, kd, scale));
-    *reinterpret_cast<P*>(out + i * V) = grads;
+      from_float(rounded.item[j],
+                 KIND == kAnyLoss ? through_cap(a, to_float(zs.item[j]), grads[j]) : grads[j]);
+    *reinterpret_cast<P*>(out + i * V) = rounded;
   }
   for (int64_t i = whole * V + threadIdx.x; i < columns; i += kKDThreads) {
     const bool shared = i < common;
-    const float t = shared ? to_float(teacher[i]) : 0.0f;
-    from_float(out[i], logit_gradient<POWER>(a, s, to_float(student[i]), t, shared, i == label, ce,
-                                             kd, scale));
+    const float z = to_float(student[i]), t = shared ? to_float(teacher[i]) : 0.0f;
+    float grad = logit_gradient(a, s, z, t, shared, ce, kd, scale);
+    if (i == label) grad -= ce;
+    from_float(out[i], through_cap(a, z, grad));
   }
 }
 

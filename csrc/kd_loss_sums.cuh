@@ -11,6 +11,19 @@ namespace clinkd {
 
 constexpr int kKDThreads = 512;
 constexpr int kKDWarps = kKDThreads / 32;
+// Powers of two that a term may be above the level of its sum: to raise the level costs as much as
+// many terms, and is rarely needed so.
+constexpr float kRoom = 20.0f;
+
+// What a kernel is made for. All but the first: forward KL without softcap, at T = 1 and T = 2 of
+// equal vocabularies (then the student's exponentials at 1 are powers of those at T), or at any T.
+enum KDKind { kAnyLoss, kKLAtOne, kKLAtTwo, kKLAtAny };
+
+inline KDKind kd_kind(const KDArgs& a) {
+  if (a.divergence != kForwardKL || a.softcap > 0) return kAnyLoss;
+  const bool same = a.student_columns == a.teacher_columns;
+  return same && a.temperature == 1.0f ? kKLAtOne : same && a.temperature == 2.0f ? kKLAtTwo : kKLAtAny;
+}
 
 // Columns that both models have.
 __device__ __forceinline__ int64_t common_columns(const KDArgs& a) {
@@ -22,7 +35,11 @@ __device__ __forceinline__ int64_t clamped(int64_t columns, int64_t most) {
   return columns < 0 ? 0 : columns < most ? columns : most;
 }
 
-// The row's sums so far, each relative to its maximum; `weighted` to the last two maxima.
+__device__ __forceinline__ float kd_shuffle(float v, int distance) {
+  return __shfl_xor_sync(0xffffffffu, v, distance);
+}
+
+// The row's sums so far, each relative to its level; `weighted` to the last two levels.
 struct KDSums {
   float top, total;            // student at T = 1, all columns
   float soft_top, soft_total;  // student at T, common columns
@@ -33,7 +50,7 @@ struct KDSums {
     top = soft_top = target_top = -float_infinity();
     total = soft_total = target_total = weighted = 0.0f;
   }
-  // Move the common columns' maxima up to these.
+  // Move the common columns' levels up to these.
   __device__ __forceinline__ void raise(float new_soft, float new_target, float scale,
                                         bool reverse) {
     new_soft = fmaxf(new_soft, soft_top);
@@ -54,70 +71,73 @@ struct KDSums {
     total *= exp2f((top - finite_level(new_top)) * kLog2E);
     top = new_top;
   }
-  __device__ __forceinline__ void merge(KDSums other, float scale, bool reverse) {
-    raise(other.soft_top, other.target_top, scale, reverse);
-    other.raise(soft_top, target_top, scale, reverse);
-    raise_all(other.top);
-    other.raise_all(top);
-    total += other.total;
-    soft_total += other.soft_total;
-    target_total += other.target_total;
-    weighted += other.weighted;
-  }
 };
 
-__device__ __forceinline__ float kd_shuffle(float v, int distance) {
-  return __shfl_down_sync(0xffffffffu, v, distance);
+// The sums of LANES lanes together, for all of them: first the levels, then each moves up to them.
+template <int LANES>
+__device__ __forceinline__ void combine(KDSums& mine, float scale, bool reverse) {
+  float top = mine.top, soft_top = mine.soft_top, target_top = mine.target_top;
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) {
+    top = fmaxf(top, kd_shuffle(top, distance));
+    soft_top = fmaxf(soft_top, kd_shuffle(soft_top, distance));
+    target_top = fmaxf(target_top, kd_shuffle(target_top, distance));
+  }
+  mine.raise(soft_top, target_top, scale, reverse);
+  mine.raise_all(top);
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) {
+    mine.total += kd_shuffle(mine.total, distance);
+    mine.soft_total += kd_shuffle(mine.soft_total, distance);
+    mine.target_total += kd_shuffle(mine.target_total, distance);
+    mine.weighted += kd_shuffle(mine.weighted, distance);
+  }
 }
 
 // All threads get the block's sums. `shared`: one element a warp.
 __device__ __forceinline__ KDSums reduce_sums(KDSums mine, KDSums* shared, float scale,
                                               bool reverse) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    KDSums other;
-    other.top = kd_shuffle(mine.top, distance);
-    other.total = kd_shuffle(mine.total, distance);
-    other.soft_top = kd_shuffle(mine.soft_top, distance);
-    other.soft_total = kd_shuffle(mine.soft_total, distance);
-    other.target_top = kd_shuffle(mine.target_top, distance);
-    other.target_total = kd_shuffle(mine.target_total, distance);
-    other.weighted = kd_shuffle(mine.weighted, distance);
-    mine.merge(other, scale, reverse);
-  }
+  combine<32>(mine, scale, reverse);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = mine;
   __syncthreads();
-  KDSums all = shared[0];
-  for (int warp = 1; warp < kKDWarps; ++warp) all.merge(shared[warp], scale, reverse);
-  return all;
+  mine = shared[threadIdx.x % kKDWarps];
+  combine<kKDWarps>(mine, scale, reverse);
+  return mine;
 }
 
-// V logits of student and teacher into the sums. POWER: T where it is 1 or 2 and the vocabularies
-// agree, so that the student's sum at 1 is that of powers of what it has at T.
-template <typename T, int V, int POWER>
+// V logits of student and teacher into the sums.
+template <typename T, int V, int KIND>
 __device__ __forceinline__ void add_logits(KDSums& sums, const Pack<T, V>& zs,
                                            const Pack<T, V>& ts, float scale, float cap,
                                            bool reverse) {
+  constexpr bool powers = KIND == kKLAtOne || KIND == kKLAtTwo;
   float z[V], t[V];
   float z_top = -float_infinity(), t_top = -float_infinity();
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    z[j] = capped(to_float(zs.item[j]), cap);
-    t[j] = capped(to_float(ts.item[j]), cap);
+    z[j] = KIND ? to_float(zs.item[j]) : capped(to_float(zs.item[j]), cap);
+    t[j] = KIND ? to_float(ts.item[j]) : capped(to_float(ts.item[j]), cap);
     z_top = fmaxf(z_top, z[j]);
     t_top = fmaxf(t_top, t[j]);
   }
-  if (z_top > sums.soft_top || t_top > sums.target_top) sums.raise(z_top, t_top, scale, reverse);
-  if (z_top > sums.top) sums.raise_all(z_top);
+  const float room = kRoom / scale;
+  if (z_top > sums.soft_top + room || t_top > sums.target_top + room) {
+    sums.raise(z_top, t_top, scale, reverse);
+    if (powers) sums.raise_all(z_top);
+  }
+  if (!powers && z_top > sums.top + kRoom / kLog2E) sums.raise_all(z_top);
   const float z_level = finite_level(sums.soft_top), t_level = finite_level(sums.target_top);
   const float level = finite_level(sums.top);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const float q_log = (z[j] - z_level) * scale, p_log = (t[j] - t_level) * scale;
-    const float q = exp2f(q_log), p = exp2f(p_log);
-    sums.total += POWER == 1 ? q : POWER == 2 ? q * q : exp2f((z[j] - level) * kLog2E);
+    const float q = power_of_two(q_log), p = power_of_two(p_log);
+    sums.total += KIND == kKLAtOne   ? q
+                  : KIND == kKLAtTwo ? q * q
+                                     : power_of_two((z[j] - level) * kLog2E);
     sums.soft_total += q;
     sums.target_total += p;
-    if (reverse)
+    if (KIND == kAnyLoss && reverse)
       sums.weighted += q > 0 ? q * (q_log - p_log) : 0.0f;
     else
       sums.weighted += p > 0 ? p * (p_log - q_log) : 0.0f;

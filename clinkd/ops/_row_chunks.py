@@ -10,19 +10,26 @@ from torch import Tensor
 
 from clinkd.ops._impl import graph_is_kept
 
-WORKSPACE_BYTES = 512 << 20  # of logits at a time, student's and teacher's together
-LEAST_ROWS = {False: 64, True: 256}  # on a GPU: fewer would only reread the weights
+# of logits at a time, student's and teacher's together; by whether on a GPU, where more rows make
+# faster products
+WORKSPACE_BYTES = {False: 512 << 20, True: 1 << 30}
+LEAST_ROWS = {False: 64, True: 256}  # fewer would only reread the weights
 
 # (rows, their logits, whether a gradient is needed) -> sums of CE and KD [2], the gradient of the
 # rows' loss by the logits, which may take their place
 Score = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
+def auto_rows(row: int, cuda: bool) -> int:
+    """Rows of a chunk where nobody says how many; `row`: bytes of the logits of one."""
+    return max(LEAST_ROWS[cuda], WORKSPACE_BYTES[cuda] // row)
+
+
 def chunk_rows(workspace: int | str, *weights: Tensor) -> int:
     """Rows whose logits of all these heads [V, C] fit into a workspace."""
     row = sum(w.shape[0] * w.element_size() for w in weights)
     if workspace == "auto":
-        return max(LEAST_ROWS[weights[0].device.type == "cuda"], WORKSPACE_BYTES // row)
+        return auto_rows(row, weights[0].device.type == "cuda")
     if not isinstance(workspace, int) or workspace < 0:
         raise ValueError(f"workspace must be a number of bytes, 0 or 'auto', got {workspace!r}")
     return max(1, workspace // row)
@@ -109,6 +116,8 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """`out += a @ b`; the first one to come does not read `out`, which holds nothing yet."""
     if a.dtype == out.dtype:
         out.addmm_(a, b, beta=0.0 if first else 1.0)
+    elif a.is_cuda:  # the product itself writes float32: neither rounded nor written twice
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=0.0 if first else 1.0, out=out)
     elif first:
         out.copy_(a @ b)
     else:

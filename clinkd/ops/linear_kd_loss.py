@@ -60,9 +60,10 @@ def linear_kd_loss(
         labels: [N] int64, already shifted.
         student_bias: [Vs].
         teacher_bias: [Vt].
-        workspace: bytes that the logits of a chunk may take, or "auto" (512 MB, at least 256 rows
-            on a GPU, 64 elsewhere). 0: no logit is stored at all; Triton kernels make them tile by
-            tile, twice for forward_kl and reverse_kl, three times for jsd and skew_kl.
+        workspace: bytes that the logits of a chunk may take, or "auto" (1 GB and at least
+            256 rows on a GPU, 512 MB and 64 rows elsewhere). 0: no logit is stored at all; Triton
+            kernels make them tile by tile, twice for forward_kl and reverse_kl, three times for jsd
+            and skew_kl.
         process_group: as for `kd_loss`; rank r gives rows `r * V … (r + 1) * V - 1` of both heads,
             all of them the same hidden states, whose gradient is summed over the ranks.
         vocab_size: rows of the student's head that stand for tokens; the rest, which pads the head

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clinkd.config import DistillConfig, RunConfig, TrainConfig
-from clinkd.ops._row_chunks import LEAST_ROWS, WORKSPACE_BYTES
+from clinkd.ops._row_chunks import auto_rows
 from clinkd.plan.sizes import ModelSize, RecordSize
 
 BUCKET = 500_000_000  # numbers of gradients that DeepSpeed reduces at a time, its default
@@ -214,5 +214,5 @@ def loss_workspace(
         return rows * V * (kind.linear + 3 * 4)
     other = int(teacher.config.text_config.vocab_size) if teacher else V
     both = (V + other) * kind.linear
-    chunk = min(rows, max(LEAST_ROWS[cuda], WORKSPACE_BYTES // both))
+    chunk = min(rows, auto_rows(both, cuda))
     return chunk * both + head  # a second copy of the gradient is scaled in the backward pass

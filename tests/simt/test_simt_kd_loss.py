@@ -149,7 +149,7 @@ FAULTS = {
         "heap-buffer-overflow",
     ),
     "one warp too many": (
-        Change("kd_loss_sums.cuh", "warp < kKDWarps", "warp <= kKDWarps"),
+        Change("kd_loss_sums.cuh", "threadIdx.x % kKDWarps", "threadIdx.x % (kKDWarps + 1)"),
         "heap-buffer-overflow",
     ),
     "16 bytes where they are not aligned": (
@@ -169,8 +169,8 @@ def test_the_sanitizers_find_a_planted_fault(simt, name):
 
 
 WRONG = [
-    Change("kd_loss_row.cuh", "i * V + j == label", "i * V == label"),
-    Change("kd_loss_sums.cuh", "distance = 16;", "distance = 8;"),
+    Change("kd_loss_row.cuh", "j == label_item", "j == 0"),
+    Change("kd_loss_sums.cuh", "combine<32>(mine", "combine<16>(mine"),
 ]
 
 
