@@ -17,6 +17,11 @@ __device__ __forceinline__ void from_float(__nv_bfloat16& out, float v) {
   out = __float2bfloat16_rn(v);
 }
 
+// The value of the lane `distance` away, of a power of two.
+__device__ __forceinline__ float shuffle_xor(float v, int distance) {
+  return __shfl_xor_sync(0xffffffffu, v, distance);
+}
+
 // V neighbouring elements, moved by one instruction.
 template <typename T, int V>
 struct alignas(V * sizeof(T)) Pack {
@@ -49,10 +54,13 @@ __device__ __forceinline__ float power_of_two(float x) {
   return exp2f(x);
 #endif
 }
-// A maximum to subtract: 0 where nothing is above -inf, for -inf - -inf is NaN.
+// A level to subtract: 0 where nothing is above -inf, for -inf - -inf is NaN.
 __device__ __forceinline__ float finite_level(float top) {
   return top == -float_infinity() ? 0.0f : top;
 }
+// Powers of two that a term may be above the level of its sum: to raise the level costs as much as
+// many terms, and is rarely needed so.
+constexpr float kRoom = 20.0f;
 __device__ __forceinline__ float capped(float x, float cap) {
   return cap > 0 ? cap * tanhf(x / cap) : x;
 }

@@ -24,8 +24,8 @@ __device__ __forceinline__ float kl_term(float p, float q, float log_ratio, floa
 // The sum of both over the block, for all threads. `shared`: one element a warp.
 __device__ __forceinline__ void reduce_pair(float& a, float& b, float (*shared)[2]) {
   for (int distance = 16; distance > 0; distance /= 2) {
-    a += kd_shuffle(a, distance);
-    b += kd_shuffle(b, distance);
+    a += shuffle_xor(a, distance);
+    b += shuffle_xor(b, distance);
   }
   if (threadIdx.x % 32 == 0) {
     shared[threadIdx.x / 32][0] = a;

@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kKDThreads) kd_statistics_kernel(const KDArgs 
 }
 
 // Grid: one block a row. `grad` may be `student`: a thread reads its logits before it writes. Memory is
-// what it waits for, so it wants many threads (three blocks, 40 registers) where the work leaves room for it; 0: as the compiler likes.
+// what it waits for, so it wants many threads (three blocks, 40 registers) where the work leaves room
+// for them; 0: as the compiler likes.
 template <typename T, int V, int KIND>
 __global__ void __launch_bounds__(kKDThreads, V == 1 || KIND != kAnyLoss ? 3 : 0)
     kd_gradient_kernel(const KDArgs a) {

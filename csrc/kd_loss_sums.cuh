@@ -11,9 +11,6 @@ namespace clinkd {
 
 constexpr int kKDThreads = 512;
 constexpr int kKDWarps = kKDThreads / 32;
-// Powers of two that a term may be above the level of its sum: to raise the level costs as much as
-// many terms, and is rarely needed so.
-constexpr float kRoom = 20.0f;
 
 // What a kernel is made for. All but the first: forward KL without softcap, at T = 1 and T = 2 of
 // equal vocabularies (then the student's exponentials at 1 are powers of those at T), or at any T.
@@ -33,10 +30,6 @@ __device__ __forceinline__ int64_t common_columns(const KDArgs& a) {
 // A number of columns in 0 … most.
 __device__ __forceinline__ int64_t clamped(int64_t columns, int64_t most) {
   return columns < 0 ? 0 : columns < most ? columns : most;
-}
-
-__device__ __forceinline__ float kd_shuffle(float v, int distance) {
-  return __shfl_xor_sync(0xffffffffu, v, distance);
 }
 
 // The row's sums so far, each relative to its level; `weighted` to the last two levels.
@@ -79,18 +72,18 @@ __device__ __forceinline__ void combine(KDSums& mine, float scale, bool reverse)
   float top = mine.top, soft_top = mine.soft_top, target_top = mine.target_top;
 #pragma unroll
   for (int distance = LANES / 2; distance > 0; distance /= 2) {
-    top = fmaxf(top, kd_shuffle(top, distance));
-    soft_top = fmaxf(soft_top, kd_shuffle(soft_top, distance));
-    target_top = fmaxf(target_top, kd_shuffle(target_top, distance));
+    top = fmaxf(top, shuffle_xor(top, distance));
+    soft_top = fmaxf(soft_top, shuffle_xor(soft_top, distance));
+    target_top = fmaxf(target_top, shuffle_xor(target_top, distance));
   }
   mine.raise(soft_top, target_top, scale, reverse);
   mine.raise_all(top);
 #pragma unroll
   for (int distance = LANES / 2; distance > 0; distance /= 2) {
-    mine.total += kd_shuffle(mine.total, distance);
-    mine.soft_total += kd_shuffle(mine.soft_total, distance);
-    mine.target_total += kd_shuffle(mine.target_total, distance);
-    mine.weighted += kd_shuffle(mine.weighted, distance);
+    mine.total += shuffle_xor(mine.total, distance);
+    mine.soft_total += shuffle_xor(mine.soft_total, distance);
+    mine.target_total += shuffle_xor(mine.target_total, distance);
+    mine.weighted += shuffle_xor(mine.weighted, distance);
   }
 }
 

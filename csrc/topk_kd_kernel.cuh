@@ -12,28 +12,43 @@ constexpr int kTopKThreads = 512;
 constexpr int kTopKWarps = kTopKThreads / 32;
 constexpr int64_t kTopKMostColumns = 48 * 1024 * 8 - 32 * 1024;  // a bit each, beside the sums
 
-// The tail's sums so far, both relative to its largest logit.
+// The tail's sums so far, both relative to its level.
 struct TailSums {
   float top, total, soft_total;
 
   __device__ __forceinline__ void raise(float new_top, float scale) {
     new_top = fmaxf(new_top, top);
     const float moved = top - finite_level(new_top);
-    total *= exp2f(moved * kLog2E);
-    soft_total *= exp2f(moved * scale);
+    total *= power_of_two(moved * kLog2E);
+    soft_total *= power_of_two(moved * scale);
     top = new_top;
   }
-  __device__ __forceinline__ void add(float z, float scale) {
-    if (z > top) raise(z, scale);
-    const float above = z - finite_level(top);
-    total += exp2f(above * kLog2E);
-    soft_total += exp2f(above * scale);
+  template <int V>
+  __device__ __forceinline__ void add(const float (&z)[V], float scale) {
+    float most = -float_infinity();
+#pragma unroll
+    for (int j = 0; j < V; ++j) most = fmaxf(most, z[j]);
+    if (most > top + kRoom / fmaxf(scale, kLog2E)) raise(most, scale);
+    const float level = finite_level(top);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      total += power_of_two((z[j] - level) * kLog2E);
+      soft_total += power_of_two((z[j] - level) * scale);
+    }
   }
-  __device__ __forceinline__ void merge(TailSums other, float scale) {
-    raise(other.top, scale);
-    other.raise(top, scale);
-    total += other.total;
-    soft_total += other.soft_total;
+  // Those of LANES lanes together, for all of them.
+  template <int LANES>
+  __device__ __forceinline__ void combine(float scale) {
+    float most = top;
+#pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2)
+      most = fmaxf(most, shuffle_xor(most, distance));
+    raise(most, scale);
+#pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
+      total += shuffle_xor(total, distance);
+      soft_total += shuffle_xor(soft_total, distance);
+    }
   }
 };
 
@@ -65,26 +80,26 @@ __global__ void __launch_bounds__(kTopKThreads) topk_tails_kernel(const TopKArgs
     map_columns(a, row, map);
     const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
     const float scale = kLog2E / a.temperature;
-    const int64_t packs = a.columns / V;
-    for (int64_t i = threadIdx.x; i < packs; i += kTopKThreads) {
-      const auto z = *reinterpret_cast<const Pack<T, V>*>(student + i * V);
+    const int columns = static_cast<int>(a.columns), packs = columns / V;
+    for (int i = threadIdx.x; i < packs; i += kTopKThreads) {
+      const auto logits = *reinterpret_cast<const Pack<T, V>*>(student + i * V);
+      // V divides 32: one word has the bits of the whole pack
+      const uint32_t mapped = map[i * V / 32] >> (i * V % 32);
+      float z[V];
 #pragma unroll
       for (int j = 0; j < V; ++j)
-        if (!is_mapped(map, i * V + j)) sums.add(capped(to_float(z.item[j]), a.softcap), scale);
+        z[j] = mapped >> j & 1u ? -float_infinity() : capped(to_float(logits.item[j]), a.softcap);
+      sums.add(z, scale);
     }
-    for (int64_t i = packs * V + threadIdx.x; i < a.columns; i += kTopKThreads)
-      if (!is_mapped(map, i)) sums.add(capped(to_float(student[i]), a.softcap), scale);
-    for (int distance = 16; distance > 0; distance /= 2) {
-      TailSums other;
-      other.top = __shfl_down_sync(0xffffffffu, sums.top, distance);
-      other.total = __shfl_down_sync(0xffffffffu, sums.total, distance);
-      other.soft_total = __shfl_down_sync(0xffffffffu, sums.soft_total, distance);
-      sums.merge(other, scale);
+    for (int i = packs * V + threadIdx.x; i < columns; i += kTopKThreads) {
+      const float z[1] = {capped(to_float(student[i]), a.softcap)};
+      if (!is_mapped(map, i)) sums.add(z, scale);
     }
+    sums.combine<32>(scale);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sums;
     __syncthreads();
-    if (threadIdx.x == 0)
-      for (int warp = 1; warp < kTopKWarps; ++warp) sums.merge(shared[warp], scale);
+    sums = shared[threadIdx.x % kTopKWarps];
+    sums.combine<kTopKWarps>(scale);
   }
   if (threadIdx.x == 0) {
     // a NaN is not 0
@@ -124,7 +139,8 @@ __global__ void __launch_bounds__(kTopKThreads) topk_gradient_kernel(const TopKA
   const float picked = a.picked_factor[row];
   const auto gradient = [&](float raw, int column) {
     const float z = capped(raw, a.softcap);
-    float grad = hard * exp2f((z - level) * kLog2E) + soft * exp2f((z - level) * scale);
+    float grad = hard * power_of_two((z - level) * kLog2E) +
+                 soft * power_of_two((z - level) * scale);
     if (column == label) grad += picked;
     if (a.softcap > 0) grad *= 1.0f - (z / a.softcap) * (z / a.softcap);
     return grad;

@@ -76,9 +76,9 @@ def test_names_of_cuda_kernels():
 def test_shared_memory_of_a_launch_is_the_kernels_own():
     compiled = pytest.importorskip("clinkd._C")
     for dtype, size in SIZES.items():
-        asked = dynamic_shared(f"kd_cluster_kernel {dtype} ×{16 // size} power 1")
+        asked = dynamic_shared(f"kd_cluster_kernel {dtype} ×{16 // size} kind 1")
         assert asked == compiled.kd_cluster_bytes(VOCABULARY, size)
-    assert dynamic_shared("kd_statistics_kernel bf16 ×8 power 1") == 0
+    assert dynamic_shared("kd_statistics_kernel bf16 ×8 kind 1") == 0
 
 
 def test_flags_are_those_of_the_build():

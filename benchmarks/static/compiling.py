@@ -144,7 +144,7 @@ def cuda_name(symbol: str) -> str:
         return symbol
     dtype = "fp32" if found[2] == "f" else "fp16" if found[2].endswith("half") else "bf16"
     (_, width), *others = re.findall(r"L([bi])(\d+)E", found[3]) or [("i", "1")]
-    labels = {"b": "neighbours", "i": "power"}
+    labels = {"b": "neighbours", "i": "kind" if found[1].startswith("kd_") else "power"}
     return " ".join([found[1], dtype, f"×{width}", *(f"{labels[k]} {v}" for k, v in others)])
 
 

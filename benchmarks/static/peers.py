@@ -19,7 +19,7 @@ Build = Callable[[int], Case]  # from an architecture
 OURS = {
     "rotary": ("rotary_kernel bf16 ×8",),
     "attention, forward": ("rotary_attention forward bf16 head_dim 128",),
-    "distillation loss": ("kd_statistics_kernel bf16 ×8 power 1", "kd_gradient_kernel bf16 ×8"),
+    "distillation loss": ("kd_statistics_kernel bf16 ×8 kind 1", "kd_gradient_kernel bf16 ×8"),
 }
 
 
