@@ -10,10 +10,11 @@ other work on the machine disturbs less.
 
 import argparse
 import json
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from clinkd.generate import BeamSearcher
 from clinkd.generate.cache import PrefixCache
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a file
+from benchmarks.common import machine
 
 IMAGE, VOCABULARY, MERGED = 10, 4096, 16  # image token; 16 × 16 merged patches: 256 tokens
 
@@ -86,13 +90,18 @@ def by_transformers(
     """One left-padded batch through generate: tokens of every answer of every request."""
     longest = max(len(r["input_ids"]) for r in requests)
     ids = torch.tensor([[0] * (longest - len(r["input_ids"])) + r["input_ids"] for r in requests])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (
+            torch.arange(longest)
+            >= longest - torch.tensor([len(r["input_ids"]) for r in requests])[:, None]
+        ).long(),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+        "pixel_values": torch.cat([r["pixel_values"] for r in requests]),
+        "image_grid_thw": torch.cat([r["image_grid_thw"] for r in requests]),
+    }
     out = model.generate(
-        input_ids=ids,
-        attention_mask=(torch.arange(longest) >= longest - torch.tensor(
-            [len(r["input_ids"]) for r in requests])[:, None]).long(),
-        mm_token_type_ids=(ids == IMAGE).int(),
-        pixel_values=torch.cat([r["pixel_values"] for r in requests]),
-        image_grid_thw=torch.cat([r["image_grid_thw"] for r in requests]),
+        **{name: value.to(model.device) for name, value in inputs.items()},
         num_beams=beams,
         num_return_sequences=beams,
         max_new_tokens=new,
@@ -132,7 +141,7 @@ def step_bytes(model: Any, batch: int, prompt: int, beams: int, step: int) -> di
 def timed(run: Callable[[], Any]) -> tuple[float, float]:
     """Seconds of wall clock and of CPU."""
     wall, cpu = time.perf_counter(), time.process_time()
-    run()
+    run()  # answers are on the host: no device is still at work
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -146,9 +155,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = build_model(args.layers, args.width)
+    model = build_model(args.layers, args.width).to(args.device)
+    device = torch.device(args.device)
     requests = make_requests(args.batch, args.prompt)
     searcher = BeamSearcher(
         model, None, args.beams, args.beams, args.new, batch_size=args.batch, stop_ids=()
@@ -177,12 +189,9 @@ def main() -> None:
         for name, run in sides.items():
             times[name].append(timed(run))
     settings = {
-        "device": platform.processor() or platform.machine(),
-        "threads": args.threads,
-        "dtype": "float32",
-        "torch": torch.__version__,
+        **machine(device, dtype="float32"),
         "transformers": transformers.__version__,
-        **{k: v for k, v in vars(args).items() if k not in ("threads", "repeats")},
+        **{k: v for k, v in vars(args).items() if k not in ("threads", "repeats", "device")},
     }
     median = {
         name: [statistics.median(t[i] for t in runs) for i in (0, 1)]

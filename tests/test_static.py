@@ -69,7 +69,7 @@ def test_a_budget_exceeded_is_named(worse):
 
 def test_names_of_cuda_kernels():
     symbol = "_ZN6clinkd20kd_statistics_kernelI13__nv_bfloat16Li8ELi2EEEvNS_6KDArgsE"
-    assert cuda_name(symbol) == "kd_statistics_kernel bf16 ×8 power 2"
+    assert cuda_name(symbol) == "kd_statistics_kernel bf16 ×8 kind 2"
     assert cuda_name("main") == "main"
 
 
