@@ -94,6 +94,11 @@ class LiveTeacher:
             self.model.forward = self._say
             self.model = engine_of(model)
 
+    def to(self, device: torch.device) -> None:
+        """Move a whole model to where the batches are; DeepSpeed has placed the others."""
+        if not self.cut:
+            self.model.to(device)
+
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         said: dict[str, Tensor] = self.model(**inputs) if self.cut else self._say(**inputs)

@@ -79,6 +79,8 @@ def train(
         lengths = [1] * len(learned)
     checkpoints = job.output / "checkpoints"
     arguments = _arguments(job, settings, checkpoints, len(learned))
+    if isinstance(told, LiveTeacher):
+        told.to(arguments.device)
     callback = Watch(job)
     callback.weights = sum(
         getattr(p, "ds_numel", p.numel())  # the former where DeepSpeed has cut it
