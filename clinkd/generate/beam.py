@@ -12,6 +12,7 @@ from clinkd.generate.cache import ATTENTION, PrefixCache
 from clinkd.generate.hypotheses import EarlyStopping, Hypotheses, Rules
 from clinkd.generate.inputs import Inputs, encode_request, reason, stop_tokens
 from clinkd.generate.results import Candidate, Result
+from clinkd.models.layout import cache_name
 
 # most tokens encoded together, on the CPU (long prompts one at a time: no padding, no mask) and on
 # a GPU (to bound memory)
@@ -206,7 +207,7 @@ class BeamSearcher:
         core = self.model.model
         slots, inputs = list(prompts), list(prompts.values())
         lengths = [each["input_ids"].shape[1] for each in inputs]
-        batch = {
+        batch: dict[str, Any] = {
             name: torch.nn.utils.rnn.pad_sequence(
                 [each[name][0] for each in inputs], batch_first=True
             )
@@ -222,7 +223,8 @@ class BeamSearcher:
                 batch[name] = torch.cat(parts)
         core.rope_deltas = None  # of an earlier batch
         past = DynamicCache(config=self.text)
-        hidden = core(**batch, past_key_values=past, use_cache=True).last_hidden_state
+        batch[cache_name(core)] = past
+        hidden = core(**batch, use_cache=True).last_hidden_state
         deltas = core.rope_deltas
         for row, length in enumerate(lengths):
             cache.admit(
@@ -250,9 +252,9 @@ class BeamSearcher:
                 inputs_embeds=embeds,
                 position_ids=position,
                 attention_mask={"full_attention": None, "sliding_attention": None},
-                past_key_values=cache,
                 use_cache=True,
                 prefix_cache=cache,
+                **{cache_name(core.language_model): cache},
             ).last_hidden_state
         finally:
             core.language_model.config._attn_implementation = before

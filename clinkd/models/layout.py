@@ -8,6 +8,7 @@ cuDNN's or torch's flash attention behind the rotary op is the faster choice on 
 Tokens that follow a filled cache take the rotary op and SDPA with transformers' mask.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +138,11 @@ def _cache(kwargs: dict[str, Any]) -> Any:
     """Under its older name or that since transformers 5.24."""
     past = kwargs.get("past_key_values")
     return kwargs.get("cache") if past is None else past
+
+
+def cache_name(model: Any) -> str:
+    """How a model's forward calls its cache; the other name gives a warning, or an error."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _padded(mask: Tensor) -> tuple[Tensor | None, bool, str | None]:
