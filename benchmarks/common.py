@@ -107,6 +107,9 @@ def save(rows: list[dict[str, Any]], folder: Path, name: str, x: str, label: str
             own = [row for row in rows if (row["op"], row["name"]) == (op, contender)]
             axis.plot([r[x] for r in own], [r["ms"] for r in own], marker="o", label=contender)
         axis.set(title=op, xlabel=label, ylabel="ms", xscale="log", yscale="log")
+        sizes = sorted({row[x] for row in rows if row["op"] == op})
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=45)
+        axis.minorticks_off()
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(folder / f"{name}.png", dpi=120)

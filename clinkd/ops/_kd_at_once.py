@@ -3,7 +3,8 @@
 The kernels of `_kd_loss_native` read both models' logits for the loss and again for the gradient.
 Here the gradient follows at once, at a scale of 1, and the backward pass multiplies it by what
 comes in, unless that is 1. On the CPU the row is still in its cache. On sm_90 a cluster of blocks
-holds it; that has not run on a GPU yet, so it needs a request, CLINKD_KD_CLUSTER=1.
+holds it; that is slower than two reads on an H200 (docs/results/h200.md), so it needs a request,
+CLINKD_KD_CLUSTER=1.
 """
 
 import os
