@@ -5,6 +5,7 @@ some advance, and each of its patches lies at a fixed offset from where the imag
 batch is one cumulative sum and one table look-up, whatever it holds.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
@@ -47,8 +48,11 @@ def mcg_positions(
 
     Raises:
         ValueError: patches that would reach over the text beside them (h, w too unequal for this
-            pos_scale), or image tokens that do not fit the grids.
+            pos_scale), a pos_scale that is no number above 0, or image tokens that do not fit the
+            grids or the segments.
     """
+    if len(pos_scale) != 2 or not all(0 < s < math.inf for s in pos_scale):
+        raise ValueError(f"pos_scale must be two finite numbers above 0, got {pos_scale}")
     flat = _check(image_mask, grids, attention_mask, segments)
     return place(image_mask, flat, "mcg", pos_scale, attention_mask, segments)
 
@@ -106,7 +110,7 @@ def place(
         table = torch.cat(tables, dim=1).to(device)  # [A + 2, image tokens]
         rank = image_mask.flatten().cumsum(0).view(B, S) - 1
         rank = rank.clamp(0, table.shape[1] - 1)
-        _check_runs(image_mask, rank, table)
+        _check_runs(image_mask, rank, table, segments)
         found = table[:, rank] * image_mask  # [A + 2, B, S]
         offset = found[:axes]
         steps = steps + found[axes]
@@ -177,9 +181,12 @@ def _restart(
     return base - origin, total - origin
 
 
-def _check_runs(image_mask: Tensor, rank: Tensor, table: Tensor) -> None:
+def _check_runs(image_mask: Tensor, rank: Tensor, table: Tensor, segments: Tensor | None) -> None:
     """Each image's tokens stand together in one row, and there are as many as the grids say."""
     before = torch.nn.functional.pad(image_mask, (1, 0))[:, :-1]
+    if segments is not None:
+        own = segments.to(image_mask.device)
+        before = before & (own == torch.nn.functional.pad(own, (1, 0))[:, :-1])
     torn = (image_mask & ~before & (table[-1, rank] == 0)).any()
     tokens, is_torn = torch.stack([image_mask.sum(), torn.to(torch.int64)]).tolist()
     if tokens != table.shape[1]:
@@ -187,7 +194,9 @@ def _check_runs(image_mask: Tensor, rank: Tensor, table: Tensor) -> None:
             f"grids must cover the image tokens: {table.shape[1]} patches for {tokens} tokens"
         )
     if is_torn:
-        raise ValueError("image_mask must hold the tokens of each image together, in one row")
+        raise ValueError(
+            "image_mask must hold the tokens of each image together, in one row and one segment"
+        )
 
 
 def _check(

@@ -57,10 +57,7 @@ class RotarySpec:
 
     def __post_init__(self) -> None:
         pairs = len(self.axis)
-        if self.head_dim % 2 or not 16 <= self.head_dim <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"head_dim must be even and from 16 to {MAX_HEAD_DIM}, got {self.head_dim}"
-            )
+        _check_head_dim(self.head_dim)
         if len(self.inv_freq) != pairs:
             raise ValueError(
                 f"inv_freq must have one speed a pair, {pairs} as axis has, "
@@ -106,6 +103,7 @@ class RotarySpec:
         Each part has its own ladder `base^(-2i / d_part)` with i = 0, 1, …; the paper prints
         speeds from i = 1 without saying where i starts (arXiv:2502.05928, section 3).
         """
+        _check_head_dim(head_dim)
         height_dim = head_dim // 2 if height_dim is None else height_dim
         width_dim = head_dim - height_dim
         if height_dim % 2 or not 0 < height_dim < head_dim:
@@ -133,6 +131,7 @@ class RotarySpec:
 
         Where both axes agree, as at text, this is the 1-D embedding.
         """
+        _check_head_dim(head_dim)
         axis = tuple(i % 2 for i in range(head_dim // 2))
         return cls(head_dim, axis, _ladder(head_dim, base), _stride(layout, head_dim // 2))
 
@@ -145,16 +144,22 @@ class RotarySpec:
         interleaved: bool = False,
     ) -> "RotarySpec":
         """M-RoPE of Qwen2-VL and Qwen2.5-VL; Qwen3-VL's with `interleaved`. Axes t, h, w."""
-        if len(sections) != 3 or sum(sections) != head_dim // 2:
+        _check_head_dim(head_dim)
+        if len(sections) != 3 or min(sections) < 0 or sum(sections) != head_dim // 2:
             raise ValueError(
-                f"sections must be three numbers that add up to head_dim / 2 = {head_dim // 2}, "
-                f"got {tuple(sections)}"
+                "sections must be three numbers, none below 0, that add up to head_dim / 2 = "
+                f"{head_dim // 2}, got {tuple(sections)}"
             )
         if interleaved:
             axis = [0] * (head_dim // 2)
             for a in (1, 2):
                 stop = min(3 * sections[a], head_dim // 2)
                 axis[a:stop:3] = [a] * len(range(a, stop, 3))
+            if [axis.count(a) for a in range(3)] != list(sections):
+                raise ValueError(
+                    f"sections {tuple(sections)} cannot be interleaved: axis 1 or 2 has no place "
+                    "for so many pairs among every third one; give axis 0 more"
+                )
         else:
             axis = [a for a in range(3) for _ in range(sections[a])]
         return cls(head_dim, tuple(axis), _ladder(head_dim, base), head_dim // 2)
@@ -162,6 +167,7 @@ class RotarySpec:
     @classmethod
     def axial(cls, head_dim: int, base: float = 10000.0) -> "RotarySpec":
         """The vision tower of Qwen2-VL: half of the pairs on axis 0 (height), half on axis 1."""
+        _check_head_dim(head_dim)
         if head_dim % 4:
             raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
         speeds = _ladder(head_dim // 2, base)
@@ -177,6 +183,7 @@ class RotarySpec:
         rotary_dim: int | None = None,
     ) -> "RotarySpec":
         """Ordinary 1-D rotary embedding of the first `rotary_dim` (default all) components."""
+        _check_head_dim(head_dim)
         dim = head_dim if rotary_dim is None else rotary_dim
         if dim % 2 or not 0 < dim <= head_dim:
             raise ValueError(
@@ -185,9 +192,14 @@ class RotarySpec:
         return cls(head_dim, (0,) * (dim // 2), _ladder(dim, base), _stride(layout, dim // 2))
 
 
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim % 2 or not 16 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be even and from 16 to {MAX_HEAD_DIM}, got {head_dim}")
+
+
 def _ladder(dim: int, base: float) -> tuple[float, ...]:
-    if not base > 0:
-        raise ValueError(f"base must be above 0, got {base}")
+    if not 0 < base < math.inf:
+        raise ValueError(f"base must be a finite number above 0, got {base}")
     return tuple(base ** (-2 * i / dim) for i in range(dim // 2))
 
 

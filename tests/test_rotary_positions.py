@@ -169,6 +169,19 @@ def test_negative_gap():
     mcg_positions(image, [[(10, 1)]], pos_scale=(1.2, 2.0))
 
 
+@pytest.mark.parametrize("scale", [(0.0, 1.0), (1.0, -1.0), (float("nan"), 1.0), (1.0,)])
+def test_scales_that_are_none(scale):
+    with pytest.raises(ValueError, match="pos_scale must be two finite numbers above 0"):
+        mcg_positions(torch.ones(1, 4, dtype=torch.bool), [[(2, 2)]], pos_scale=scale)
+
+
+def test_an_image_over_two_segments():
+    image = torch.tensor([[False, True, True, True, True, False]])
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    with pytest.raises(ValueError, match="in one row and one segment"):
+        mcg_positions(image, [[(2, 2)]], segments=segments)
+
+
 def test_wrong_inputs():
     image = torch.tensor([[False, True, True, False]])
     with pytest.raises(TypeError, match="image_mask must be bool"):
@@ -289,14 +302,18 @@ def test_specs_are_values():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RotarySpec.split(15), "height_dim must be even"),
         (lambda: RotarySpec.split(32, height_dim=32), "height_dim must be even and between"),
         (lambda: RotarySpec.split(32, height_dim=12, layout="half"), "height_dim must be head_dim"),
         (lambda: RotarySpec.split(32, layout="both"), "layout must be 'interleaved' or 'half'"),
         (lambda: RotarySpec.rope(32, layout="both"), "layout must be 'interleaved' or 'half'"),
         (lambda: RotarySpec.rope(32, rotary_dim=34), "rotary_dim must be even"),
         (lambda: RotarySpec.rope(258), "head_dim must be even and from 16 to 256, got 258"),
-        (lambda: RotarySpec.rope(32, base=0.0), "base must be above 0"),
+        (lambda: RotarySpec.rope(15), "head_dim must be even"),
+        (lambda: RotarySpec.split(15), "head_dim must be even"),
+        (lambda: RotarySpec.rope(32, base=0.0), "base must be a finite number above 0"),
+        (lambda: RotarySpec.rope(32, base=float("inf")), "base must be a finite number above 0"),
+        (lambda: RotarySpec.mrope(32, (20, -2, -2)), "sections must be three numbers, none below"),
+        (lambda: RotarySpec.mrope(32, (0, 16, 0), interleaved=True), "cannot be interleaved"),
         (lambda: RotarySpec.mrope(32), "sections must be three numbers"),
         (lambda: RotarySpec.axial(30), "head_dim must be a multiple of 4"),
         (lambda: RotarySpec(16, (0,), (1.0, 2.0), 1), "inv_freq must have one speed a pair"),

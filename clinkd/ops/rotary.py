@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinkd.ops._checks import check_float
+from clinkd.ops._checks import check_float, checking
 from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
@@ -37,6 +37,8 @@ def rotary(
         inverse: turn back.
         inplace: write into x and return it; x must not need a gradient.
         impl: "auto", "reference", "cpu" or "cuda".
+
+    A position that is not finite gives NaN; with CLINKD_CHECK=1 in the environment it is an error.
 
     Returns:
         x's shape and dtype.
@@ -108,6 +110,10 @@ def check_positions(
         )
     if positions.device != device:
         raise ValueError(f"{name} must be on {device}, got {positions.device}")
+    if checking() and not torch.compiler.is_compiling():
+        for place in (~positions.isfinite()).nonzero()[:1].tolist():
+            value = positions[tuple(place)].item()
+            raise ValueError(f"{name} must be finite, got {value} at {place}")
 
 
 @lru_cache(maxsize=256)

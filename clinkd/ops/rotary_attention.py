@@ -49,6 +49,8 @@ def rotary_attention(
         return_lse: also return the log-sum-exp, float32 [B, Hq, Sq] or [Hq, N], without gradient.
         impl: "auto", "reference", "cpu" or "triton".
 
+    A position that is not finite gives NaN; with CLINKD_CHECK=1 in the environment it is an error.
+
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: an explicit `impl` that cannot run here.
@@ -87,20 +89,21 @@ def rotary_attention(
             window,
         )
     else:
-        out, lse = reference_attention(
-            q,
-            k,
-            v,
-            positions,
-            spec,
-            key_positions=key_positions,
-            causal=causal,
-            scale=scale,
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_k=cu_seqlens_k,
-            window=window,
-            turned_keys=turned_keys,
-        )
+        with torch.autocast(q.device.type, enabled=False):  # its products stay as wide as q
+            out, lse = reference_attention(
+                q,
+                k,
+                v,
+                positions,
+                spec,
+                key_positions=key_positions,
+                causal=causal,
+                scale=scale,
+                cu_seqlens=cu_seqlens,
+                cu_seqlens_k=cu_seqlens_k,
+                window=window,
+                turned_keys=turned_keys,
+            )
     return (out, lse.detach()) if return_lse else out
 
 

@@ -24,3 +24,18 @@ def test_in_place_refuses_elements_that_share_memory():
     x = torch.randn(1, 20, 1, 32).expand(1, 20, 4, 32)
     with pytest.raises(ValueError, match="inplace must be False where elements of x share memory"):
         rotary(x, torch.zeros(2, 1, 20), SPEC, inplace=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_checking_names_a_position_that_is_not_finite(value, monkeypatch):
+    positions = torch.zeros(2, 1, 20)
+    positions[1, 0, 7] = value
+    x = torch.randn(1, 20, 2, 32)
+    rotary(x, positions, SPEC)
+    monkeypatch.setenv("CLINKD_CHECK", "1")
+    with pytest.raises(ValueError, match=rf"positions must be finite, got {value} at \[1, 0, 7\]"):
+        rotary(x, positions, SPEC)
+    for wrong in ({"positions": positions}, {"key_positions": positions}):
+        places = {"positions": torch.zeros(2, 1, 20)} | wrong
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be finite"):
+            rotary_attention(x, x, x, spec=SPEC, **places)
