@@ -126,8 +126,7 @@ def keys_kernel(
         return
     h = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
-    b = b.to(tl.int64)
-    start = start.to(tl.int64)
+    b = b.to(tl.int64) * (0 if PACKED else 1)  # packed rows have no batch
     j = column + tl.arange(0, BLOCK_N)
     is_key = j < Sk
     at = (key_start + j).to(tl.int64)
@@ -146,34 +145,50 @@ def keys_kernel(
     dv0 = tl.zeros([BLOCK_N, D0], tl.float32)
     dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], tl.float32)
     dv1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], tl.float32)
-    offset = Sk - Sq
-    # queries from the first that sees this tile; from `whole` on they see all of it
-    first = tl.maximum(0, column - offset) // BLOCK_M * BLOCK_M if CAUSAL else 0
-    last = Sq
-    if WINDOW > 0:
-        last = tl.minimum(Sq, tl.maximum(0, column + BLOCK_N - 1 - offset + WINDOW))
-        whole = last
-    elif CAUSAL:
-        whole = tl.maximum(0, column + BLOCK_N - 1 - offset)
-        whole = tl.minimum(Sq, (whole + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
-    else:
-        whole = 0
     for g in range(G // PARTS):
+        Sk_again = Sk
+        Sq_again = Sq
+        start_again = start
+        if PACKED and G > PARTS:  # read again: kept over the heads, they take registers that the loops need
+            _, _, _, Sk_again, start_again, Sq_again = find_tile(
+                key_starts_ptr, starts_ptr, tl.program_id(1), Sk_all, Sq_all, sequences,
+                BLOCK_N, PACKED, SEQUENCES, True,
+            )  # fmt: skip
+        offset = Sk_again - Sq_again
+        # queries from the first that sees this tile; from `whole` on they see all of it
+        first = tl.maximum(0, column - offset) // BLOCK_M * BLOCK_M if CAUSAL else 0
+        last = Sq_again
+        if WINDOW > 0:
+            last = tl.minimum(Sq_again, tl.maximum(0, column + BLOCK_N - 1 - offset + WINDOW))
+            whole = last
+        elif CAUSAL:
+            whole = tl.maximum(0, column + BLOCK_N - 1 - offset)
+            whole = tl.minimum(Sq_again, (whole + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
+        else:
+            whole = 0
         head = h * G + part * (G // PARTS) + g
-        here = b * row_stride_b + start * row_stride_s + head * row_stride_h
-        side = b * lse_stride_b + head * lse_stride_h + start
+        here = b * row_stride_b + start_again.to(tl.int64) * row_stride_s + head * row_stride_h
+        side = b * lse_stride_b + head * lse_stride_h + start_again
         for row in range(first, whole, BLOCK_M):
             dk0, dk1, dv0, dv1 = _keys_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr + here, grad_ptr + here,
-                lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq, offset, j,
+                lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq_again, offset, j,
                 D, D0, D1, BLOCK_M, CAUSAL, WINDOW, True, PRECISION, UPCAST,
             )  # fmt: skip
         for row in range(whole, last, BLOCK_M):
             dk0, dk1, dv0, dv1 = _keys_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr + here, grad_ptr + here,
-                lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq, offset, j,
+                lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq_again, offset, j,
                 D, D0, D1, BLOCK_M, CAUSAL, WINDOW, False, PRECISION, UPCAST,
             )  # fmt: skip
+    if PACKED and G > PARTS:  # likewise
+        _, column, key_start, Sk, _, _ = find_tile(
+            key_starts_ptr, starts_ptr, tl.program_id(1), Sk_all, Sq_all, sequences,
+            BLOCK_N, PACKED, SEQUENCES, True,
+        )  # fmt: skip
+        j = column + tl.arange(0, BLOCK_N)
+        is_key = j < Sk
+        at = (key_start + j).to(tl.int64)
     out_at = b * dk_stride_b + at * dk_stride_s + h * dk_stride_h + part.to(tl.int64) * part_stride
     element = dk_ptr.dtype.element_ty
     # queries carry scale * log2(e), of which the gradient wants scale

@@ -85,6 +85,7 @@ def find_tile(
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     SEQUENCES: tl.constexpr,  # power of two, at least n
+    AGAIN: tl.constexpr = False,  # read from memory, even if the compiler knows the values
 ):
     """Which rows a tile holds.
 
@@ -94,17 +95,17 @@ def find_tile(
     """
     if PACKED:
         i = tl.arange(0, SEQUENCES)
-        begin = tl.load(starts_ptr + i, mask=i < n, other=0)
-        end = tl.load(starts_ptr + i + 1, mask=i < n, other=0)
+        begin = tl.load(starts_ptr + i, mask=i < n, other=0, volatile=AGAIN)
+        end = tl.load(starts_ptr + i + 1, mask=i < n, other=0, volatile=AGAIN)
         tiles = (end - begin + BLOCK - 1) // BLOCK
         done = tl.cumsum(tiles, 0)
         sequence = tl.sum((done <= tile).to(tl.int32))
         row = (tile - tl.sum(tl.where(i < sequence, tiles, 0))) * BLOCK
         known = tl.minimum(sequence, n - 1)
-        start = tl.load(starts_ptr + known)
-        length = tl.load(starts_ptr + known + 1) - start
-        other_start = tl.load(other_starts_ptr + known)
-        other_length = tl.load(other_starts_ptr + known + 1) - other_start
+        start = tl.load(starts_ptr + known, volatile=AGAIN)
+        length = tl.load(starts_ptr + known + 1, volatile=AGAIN) - start
+        other_start = tl.load(other_starts_ptr + known, volatile=AGAIN)
+        other_length = tl.load(other_starts_ptr + known + 1, volatile=AGAIN) - other_start
         sequence = tl.where(sequence >= SEQUENCES, n, sequence)
     else:
         tiles = (S + BLOCK - 1) // BLOCK
@@ -226,7 +227,7 @@ def forward_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
             return Blocks(32, 16, 8, 2)
         return Blocks(64, 32, 8, 2) if arch >= 90 and head_dim == 128 else Blocks(64, 16, 8, 2)
     if head_dim <= 64:
-        return Blocks(128, 64, 4, 3)
+        return Blocks(128, 64, 8 if arch >= 120 and head_dim > 32 else 4, 3)
     if head_dim < 128:
         return Blocks(128, 32, 8, 3)
     return Blocks(128, 64, 8, 2) if head_dim == 128 else Blocks(64, 32, 8, 2)

@@ -52,6 +52,9 @@ def cases(arch: int, every: bool = False) -> Iterator[Case]:
         yield from _attention_cases(arch, "bf16", head_dim, ROTATE=False)
     packed = {"PACKED": True, "CAUSAL": False, "SEQUENCES": 8, "G": 1}  # of a vision tower
     yield from _attention_cases(arch, "bf16", 80, " packed full", **packed)
+    packed |= {"CAUSAL": True, "G": 6}  # of language layers
+    for head_dim in (64, 96, 128):
+        yield from _attention_cases(arch, "bf16", head_dim, " packed", **packed)
     yield from _attention_cases(arch, "bf16", 128, " window", WINDOW=1024)
     yield from _attention_cases(arch, "fp16", 128)
     for head_dim in (80, 128):
