@@ -53,7 +53,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def _named_causes(path: Path, temporary: Path) -> Iterator[None]:
         raise SetupError(f"{path} cannot be written: {_CAUSES[error.errno]}") from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename outlast a power cut, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

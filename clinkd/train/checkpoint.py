@@ -14,11 +14,11 @@ from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from clinkd.data.files import sync_folder
 from clinkd.errors import SetupError
 from clinkd.train.adapter import trained_state
-from clinkd.train.parallel import any_rank, world_size
-
-PROCESSES = "processes.txt"  # in a checkpoint: how many made it
+from clinkd.train.manifest import publish, seal
+from clinkd.train.parallel import any_rank
 
 
 def save_model(
@@ -44,6 +44,7 @@ def save_model(
         _sync_files(staging)
         for path in files:
             os.replace(path, folder / path.name)
+        sync_folder(folder)
     except (OSError, SafetensorError) as error:
         raise SetupError(f"{folder}: the model cannot be written: {_reason(error)}") from error
     finally:
@@ -62,13 +63,14 @@ def whole_state(trainer: Trainer, model: PreTrainedModel) -> dict[str, Tensor]:
 class CheckpointTrainer(Trainer):
     """A Trainer whose checkpoints are whole or absent.
 
-    They are written into a folder that no resumption looks at, then renamed. A rank that cannot
-    write its part goes on to the end of the save, as the others wait for it there; then all ranks
-    stop together.
+    They are written into a folder that no resumption looks at, sealed, then renamed. A rank that
+    cannot write its part goes on to the end of the save, as the others wait for it there; then all
+    ranks stop together.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, made_by: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.made_by = made_by or {}  # what a resumption must be alike in
         self._staging: str | None = None
         self._problem: Exception | None = None  # the first of this rank in this save
 
@@ -82,13 +84,11 @@ class CheckpointTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             with self._writing(OSError):
                 super()._save_checkpoint(model, trial)
-                if self.args.should_save:
-                    (Path(self._staging) / name / PROCESSES).write_text(str(world_size()))
             if self._all_wrote(root / name) and self.args.should_save:
-                with self._writing(OSError):
+                with self._writing(OSError, SetupError):
+                    seal(Path(self._staging) / name, self.made_by)
                     shutil.rmtree(root / name, ignore_errors=True)
-                    _sync_files(Path(self._staging))
-                    os.replace(Path(self._staging) / name, root / name)
+                    publish(Path(self._staging) / name, root / name)
                     _prune(root, self.args.save_total_limit, self.state.best_model_checkpoint)
             self._all_wrote(root / name)
         finally:
@@ -164,22 +164,6 @@ class CheckpointTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
-
-
-def require_same_processes(checkpoint: Path) -> None:
-    """A step is so many records of each process: with others the order of the data moves.
-
-    Raises:
-        SetupError: the checkpoint was made by another number of processes.
-    """
-    place = checkpoint / PROCESSES
-    before = int(place.read_text()) if place.is_file() else world_size()
-    if before != world_size():
-        raise SetupError(
-            f"{checkpoint}: made by {before} processes, this run has {world_size()}, and would "
-            f"skip or repeat records; set parallel.processes={before}, or delete "
-            f"{checkpoint.parent} to train this stage from its start"
-        )
 
 
 def _reason(error: Exception) -> object:

@@ -1,14 +1,17 @@
 """Several training processes: DeepSpeed's settings, and words that all ranks agree on."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from clinkd.errors import SetupError
+from clinkd.errors import ClinkdError, SetupError
 from clinkd.recipes import FOLDERS
+
+T = TypeVar("T")
 
 
 def deepspeed_config(strategy: str, offload: bool) -> dict[str, Any] | None:
@@ -47,6 +50,23 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this process writes what is written once."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first rank makes, or the error that it meets; all ranks must ask."""
+    if world_size() == 1:
+        return make()
+    found: list[Any] = [None, None]
+    if is_first():
+        try:
+            found[0] = make()
+        except ClinkdError as error:
+            found[1] = error
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    made: T = found[0]
+    return made
 
 
 def any_rank(flag: bool) -> bool:

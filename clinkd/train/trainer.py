@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from clinkd.config import DistillConfig, TrainConfig
 from clinkd.data.collate import AnswerDataset, collate
@@ -22,15 +22,11 @@ from clinkd.data.records import Record
 from clinkd.data.teacher_cache import TeacherCache
 from clinkd.errors import Preempted, SetupError
 from clinkd.train.adapter import merged
-from clinkd.train.checkpoint import (
-    CheckpointTrainer,
-    require_same_processes,
-    save_model,
-    whole_state,
-)
+from clinkd.train.checkpoint import CheckpointTrainer, save_model, whole_state
 from clinkd.train.job import Job
 from clinkd.train.loss import answer_forward
-from clinkd.train.parallel import any_rank, deepspeed_config, is_first, world_size
+from clinkd.train.manifest import latest_whole, require_same_run
+from clinkd.train.parallel import any_rank, deepspeed_config, from_first, is_first, world_size
 from clinkd.train.sampler import BucketSampler
 from clinkd.train.teachers import CachedRows, CachedTeacher, LiveTeacher, Teacher
 from clinkd.train.watch import Watch
@@ -99,20 +95,24 @@ def train(
         lengths=lengths,
         teacher=told,
         kd=settings if told is not None and isinstance(settings, DistillConfig) else None,
+        made_by={"processes": world_size(), "strategy": job.strategy},
     )
     trainer.remove_callback(PrinterCallback)  # our own log says it
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last, problems = from_first(lambda: latest_whole(checkpoints))
+    if is_first():
+        for problem in problems:
+            warnings.warn(f"{problem}; going on from {last}", stacklevel=2)
     if last is not None:
-        require_same_processes(Path(last))
-    done = int(last.rsplit("-", 1)[1]) if last else 0
+        require_same_run(last, trainer.made_by)
+    done = int(last.name.rsplit("-", 1)[1]) if last else 0
     if is_first():
         job.log.forget(job.stage, after_step=done if last else -1)
     trainer.watch, trainer.logged_step = callback, done
     whole_tower = job.strategy != "ddp"
     with callback.signals(), answer_forward(model, vocabulary, whole_tower=whole_tower):
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.require_finite()
     if callback.preempted:
         step = trainer.state.global_step

@@ -129,6 +129,28 @@ def test_killed_during_a_save(tmp_path, records, processor, whole, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, records, processor, whole):
+    """Training goes on from the one before, says so, and ends with the same weights."""
+
+    def kill(step, total, note):
+        if step == 5:
+            raise Killed
+
+    student, teacher = make_model(processor), make_model(processor, 1)
+    with pytest.raises(Killed):
+        train(make_job(tmp_path, records, kill), student, processor, SETTINGS, teacher)
+    last = tmp_path / "a" / "checkpoints" / "checkpoint-4"
+    data = bytearray((last / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (last / "model.safetensors").write_bytes(data)
+    model = make_model(processor)
+    with pytest.warns(UserWarning, match=r"checkpoint-4: damaged, the checksum of model.*going on"):
+        train(make_job(tmp_path, records), model, processor, SETTINGS, make_model(processor, 1))
+    assert_same(weights(model), whole[0])
+    assert (tmp_path / "a.jsonl").read_text() == whole[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_and_stops(tmp_path, records, processor, whole, number):
     def send(step, total, note):
@@ -146,14 +168,14 @@ def test_signal_saves_and_stops(tmp_path, records, processor, whole, number):
 
 @pytest.mark.slow
 def test_full_disk_keeps_the_old_checkpoint(tmp_path, records, processor, monkeypatch):
-    real = checkpoint._sync_files
+    real = checkpoint.seal
 
-    def full(folder):
-        if (folder / "checkpoint-4").exists():
+    def full(folder, made_by):
+        if folder.name == "checkpoint-4":
             raise OSError(28, "No space left on device")
-        real(folder)
+        real(folder, made_by)
 
-    monkeypatch.setattr(checkpoint, "_sync_files", full)
+    monkeypatch.setattr(checkpoint, "seal", full)
     student, teacher = make_model(processor), make_model(processor, 1)
     with pytest.raises(SetupError, match=r"No space left.*the one before it is whole"):
         train(make_job(tmp_path, records), student, processor, SETTINGS, teacher)

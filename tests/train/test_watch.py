@@ -7,12 +7,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clinkd.config import DemoModelConfig, TrainConfig
 from clinkd.data.records import read_records
-from clinkd.errors import ClinkdError, SetupError
+from clinkd.errors import ClinkdError
 from clinkd.models import apply
 from clinkd.models.demo import build_model, build_processor
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.train import watch
-from clinkd.train.checkpoint import PROCESSES, require_same_processes
 from clinkd.train.job import Job
 from clinkd.train.log import MetricsLog
 from clinkd.train.trainer import AnswerTrainer, train
@@ -123,14 +122,3 @@ def test_no_model_or_checkpoint_with_nan_is_saved(tmp_path, records, processor, 
     assert not (tmp_path / "a" / "config.json").exists()
     kept = sorted(path.name for path in (tmp_path / "a" / "checkpoints").glob("checkpoint-*"))
     assert kept == ["checkpoint-2"]
-
-
-def test_resuming_with_other_processes_is_refused(tmp_path):
-    checkpoint = tmp_path / "checkpoint-2"
-    checkpoint.mkdir()
-    require_same_processes(checkpoint)
-    (checkpoint / PROCESSES).write_text("1")
-    require_same_processes(checkpoint)
-    (checkpoint / PROCESSES).write_text("2")
-    with pytest.raises(SetupError, match="made by 2 processes, this run has 1"):
-        require_same_processes(checkpoint)
