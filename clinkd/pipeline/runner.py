@@ -2,10 +2,11 @@
 
 import os
 import platform
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ import psutil
 from clinkd._version import __version__
 from clinkd.config import SAMPLE, RunConfig
 from clinkd.data.files import sha256_file
-from clinkd.errors import ConfigError, SetupError
+from clinkd.errors import ConfigError, Preempted, SetupError
 from clinkd.pipeline.folder import STAGES, RunFolder, fingerprints, free_bytes
 from clinkd.pipeline.paths import records_file
 from clinkd.progress import Console
@@ -35,6 +36,7 @@ def run(
 
     Raises:
         ConfigError: an unknown stage, or `first` after `last`.
+        Preempted: SIGTERM or SIGUSR1 came; what is done stays done.
         ClinkdError: what a stage says; what is done stays done.
     """
     for name in (first, last):
@@ -43,6 +45,13 @@ def run(
     wanted = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     if not wanted:
         raise ConfigError(f"stage {first!r} comes after {last!r}")
+    with stopped_by_signals():
+        return _run_stages(config, console, wanted, update)
+
+
+def _run_stages(
+    config: RunConfig, console: Console, wanted: Sequence[str], update: bool
+) -> RunFolder:
     inputs = {
         split: sha256_file(records_file(getattr(config.data, split), split))
         for split in ("train", "test")
@@ -52,7 +61,7 @@ def run(
             raise SetupError(
                 f"{folder.path}: less than {LEAST_FREE_BYTES >> 20} MiB of disk space left"
             )
-        for stage in STAGES[: STAGES.index(first)]:
+        for stage in STAGES[: STAGES.index(wanted[0])]:
             folder.require(stage)
         _describe(folder)
         marks = fingerprints(config, inputs)
@@ -98,6 +107,28 @@ def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console
                 summary=summary,
             )
     console.stage_done(stage, summary, time.monotonic() - start)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end what runs inside.
+
+    Training has handlers of its own, and saves first.
+    """
+
+    def stop(number: int, _: object) -> None:
+        name = signal.Signals(number).name
+        raise Preempted(f"stopped by {name}; what is done stays done: start again to go on")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def quiet_libraries() -> None:

@@ -47,7 +47,7 @@ def train(
         settings: a `DistillConfig` where there is a teacher.
 
     Returns:
-        The mean loss of the last logged steps.
+        The mean loss of the last logged steps, a resumed run's earlier ones included.
 
     Raises:
         DataError: a record that does not fit, before any step.
@@ -264,6 +264,8 @@ class AnswerTrainer(CheckpointTrainer):
             ce, kd = (total / max(1, steps)).tolist()
             self.logged_step = self.state.global_step
             logs |= {"ce": ce} | ({"kd": kd} if self.kd is not None else {})
+            if self.watch is not None:
+                logs |= self.watch.measure(self.state)  # before any callback sends them on
             self._parts.clear()
             self._places.clear()
         super().log(logs, start_time)

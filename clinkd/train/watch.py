@@ -28,6 +28,7 @@ class Watch(TrainerCallback):
         self.job = job
         self.preempted = False
         self.last_loss = math.nan
+        self.speeds: dict[str, float] = {}
         self.faulty: list[str] = []  # records of the micro-batch whose loss is not finite
         self.weights = 0  # parameters that every token passes through
         self.signalled = False
@@ -41,6 +42,8 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._mark = (int(state.num_input_tokens_seen), time.monotonic())
+        for row in state.log_history:  # of a run that is resumed, maybe at its end
+            self.last_loss = row.get("loss", self.last_loss)
         if self.job.tensorboard is not None and state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -57,7 +60,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self.job.progress is not None:
-            self.job.progress(state.global_step, state.max_steps, f"loss {self.last_loss:.3f}")
+            self.job.progress(state.global_step, state.max_steps, self._note())
         if any_rank(self.signalled):  # a signal may have reached one of them at another step
             self.preempted = True
             control.should_save = True
@@ -80,8 +83,8 @@ class Watch(TrainerCallback):
             where = {"stage": self.job.stage, "step": state.global_step, "epoch": state.epoch}
             self.job.log.append(where | row)
             if self._board is not None:
-                speed = self._speed(state) if "loss" in logs else {}
-                for name, value in (row | speed).items():
+                speeds = self.speeds if "loss" in logs else {}
+                for name, value in (row | speeds).items():
                     self._board.add_scalar(f"{self.job.stage}/{name}", value, state.global_step)
         if "loss" in logs and not math.isfinite(self.last_loss):
             raise self.not_finite(f"the loss is {self.last_loss}", state.global_step)
@@ -94,8 +97,18 @@ class Watch(TrainerCallback):
             "CLINKD_CHECK=1 to find the row"
         )
 
-    def _speed(self, state: TrainerState) -> dict[str, float]:
-        """Since the last row: tokens a second over all processes, share of the peak, memory."""
+    def _note(self) -> str:
+        """What stands beside the progress bar; nothing is known before the first row."""
+        if math.isnan(self.last_loss):
+            return ""
+        rate = self.speeds.get("tokens_per_second")
+        return f"loss {self.last_loss:.3f}" + (f", {rate:,.0f} tokens/s" if rate else "")
+
+    def measure(self, state: TrainerState) -> dict[str, float]:
+        """Since the last row: tokens a second over all processes, share of the peak, memory.
+
+        Not in metrics.jsonl, which says the same however often a run was cut off.
+        """
         tokens, before = int(state.num_input_tokens_seen), self._mark
         self._mark = (tokens, time.monotonic())
         rate = (tokens - before[0]) / max(1e-9, self._mark[1] - before[1])
@@ -109,6 +122,7 @@ class Watch(TrainerCallback):
                 found["mfu"] = 6 * self.weights * rate / (peak * world_size())
         else:
             found["memory_gib"] = psutil.Process().memory_info().rss / 2**30
+        self.speeds = found
         return found
 
 

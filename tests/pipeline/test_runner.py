@@ -2,13 +2,15 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 
 import pytest
 
 from clinkd.config import check
-from clinkd.errors import ConfigError, DataError, SetupError
-from clinkd.pipeline import runner
+from clinkd.errors import ConfigError, DataError, Preempted, SetupError
+from clinkd.pipeline import runner, stages
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.progress import Console
 
@@ -35,6 +37,30 @@ def test_missing_data(tmp_path):
     with pytest.raises(DataError, match=r"data.train: .*none.jsonl does not exist"):
         run(tmp_path, train=str(tmp_path / "none.jsonl"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_in_any_stage_is_no_failure(tmp_path, monkeypatch, number):
+    """As in training: code 75, and the same command goes on."""
+    before = signal.getsignal(number)
+    real = stages.RUN["prepare"]
+
+    def sends(folder, progress):
+        os.kill(os.getpid(), number)
+        return real(folder, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(stages.RUN, "prepare", sends)
+        with pytest.raises(Preempted, match=f"stopped by {number.name}; what is done") as error:
+            run(tmp_path, last="prepare")
+    assert error.value.exit_code == 75
+    assert signal.getsignal(number) == before
+    book = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert book["stages"]["prepare"]["status"] == "running"
+    run(tmp_path, last="prepare")
+    book = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert book["stages"]["prepare"]["status"] == "done"
 
 
 def test_full_disk(tmp_path, monkeypatch):

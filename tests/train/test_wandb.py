@@ -106,7 +106,10 @@ def test_offline_runs_hold_the_numbers_and_nothing_is_sent(tmp_path):
         names, rows = history(path)
         ((name, project),) = names
         assert project == "clinkd-test"
-        found[name] = [row["train/ce"] for row in rows if "train/ce" in row]
+        learned = [row for row in rows if "train/ce" in row]
+        found[name] = [row["train/ce"] for row in learned]
+        for what in ("tokens_per_second", "memory_gib"):
+            assert all(row[f"train/{what}"] > 0 for row in learned), what
     expected = {
         stage: [pytest.approx(row["ce"]) for row in log if row["stage"] == stage]
         for stage in ("teacher", "correct-1")

@@ -68,11 +68,25 @@ def test_share_of_the_peak_on_a_known_card(tmp_path, records, monkeypatch):
     arguments, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerState()
     callback.on_train_begin(arguments, state, TrainerControl())
     state.num_input_tokens_seen = 1000
-    assert callback._speed(state) == {
+    assert callback.measure(state) == {
         "tokens_per_second": 500.0,
         "memory_gib": 3.0,
         "mfu": pytest.approx(6 * 2e9 * 500 / 312e12),
     }
+
+
+def test_the_loss_before_the_first_row(tmp_path, records):
+    """Unknown at the start of a run; of one that is resumed, that of its checkpoint."""
+    notes = []
+    callback = watch.Watch(make_job(tmp_path, records, lambda *update: notes.append(update[2])))
+    arguments, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerState()
+    callback.on_step_end(arguments, state, TrainerControl())
+    state.log_history = [{"loss": 2.5, "step": 1}, {"eval_loss": 2.0, "step": 1}]
+    callback.on_train_begin(arguments, state, TrainerControl())
+    assert callback.last_loss == 2.5
+    callback.speeds = {"tokens_per_second": 1234.5}
+    callback.on_step_end(arguments, state, TrainerControl())
+    assert notes == ["", "loss 2.500, 1,234 tokens/s"]
 
 
 def test_a_trainer_that_counts_no_tokens_is_refused(tmp_path, records, processor, monkeypatch):
