@@ -28,6 +28,8 @@ from clinkd.data.records import TASKS, Record, Turn, record_from_json
 from clinkd.errors import ConfigError, DataError
 
 _NUMBER = re.compile(r"[0-9]+")  # the line or index is the last number of a place
+# what reading a row of unexpected types or sizes runs into, wherever it does
+_MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _SHORT = 6  # words; a longer answer about a region describes it (RC), a shorter one names it (ROC)
 
 
@@ -127,6 +129,9 @@ def scan_file(
                 yield place, record
         except DataError as error:
             yield place, error
+        except _MALFORMED as error:
+            kind = type(error).__name__
+            yield place, DataError(f"not laid out as {name!r} rows are ({kind}: {error})"[:300])
 
 
 def read_file(

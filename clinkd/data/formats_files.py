@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from clinkd.data.files import atomic_write, write_jsonl
-from clinkd.data.records import scan_lines
+from clinkd.data.records import MAX_LINE_BYTES, scan_lines
 from clinkd.errors import ConfigError, DataError, SetupError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-_BATCH = 4096  # rows of a Parquet file in memory at a time
+_WRITTEN = 4096  # rows of a Parquet file that are written at a time
+# Of a Parquet file that is read: few kilobytes can say that a long text stands in every row.
+_READ = 64  # rows in memory at a time
+_MOST_BYTES = 256 << 20  # of so many rows
+_MOST_COLUMN_BYTES = 1 << 30  # of one column in a row group, not compressed
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
@@ -29,7 +33,8 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     elif suffix == ".parquet":
         yield from ((f"{path}[{index}]", row) for index, row in enumerate(_parquet_rows(path)))
     else:
-        yield from ((f"{path}[{index}]", row) for index, row in enumerate(_json_list(path)))
+        for index, row in enumerate(_json_list(path)):
+            yield f"{path}[{index}]", _writable(row)
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
@@ -72,6 +77,19 @@ def _json_list(path: Path) -> list[Any]:
     return value
 
 
+def _writable(row: Any) -> Any:
+    """The row, or a DataError where it holds what JSON lines cannot: a NaN, half a character."""
+    try:
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except TypeError as error:  # a Parquet column of times or bytes
+        return DataError(f"holds what is no JSON: {error}")
+    except UnicodeEncodeError as error:
+        return DataError(f"not valid UTF-8 text: {error.reason}")
+    except (ValueError, RecursionError) as error:
+        return DataError(f"not usable JSON: {error}")
+    return row
+
+
 def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
@@ -87,18 +105,62 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     arrow = _pyarrow()
     try:
         with arrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH):
-                for row in batch.to_pylist():
-                    yield _without_nulls(row)
+            _require_size(path, file.metadata)
+            start = 0
+            for batch in file.iter_batches(batch_size=_READ):
+                if batch.nbytes > _MOST_BYTES:
+                    raise DataError(
+                        f"{path}[{start}]: rows {start} to {start + batch.num_rows - 1} hold "
+                        f"{batch.nbytes >> 20} MiB, over {_MOST_BYTES >> 20}"
+                    )
+                for index in range(batch.num_rows):
+                    yield _parquet_row(batch.slice(index, 1))
+                start += batch.num_rows
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet (truncated?): {error}") from None
+
+
+def _require_size(path: Path, metadata: Any) -> None:
+    """Refuse a column that a reader would have to hold whole before its first row."""
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            found = metadata.row_group(group).column(column)
+            if found.total_uncompressed_size > _MOST_COLUMN_BYTES:
+                raise DataError(
+                    f"{path}: column {found.path_in_schema!r} of row group {group} has "
+                    f"{found.total_uncompressed_size >> 20} MiB, over {_MOST_COLUMN_BYTES >> 20}; "
+                    "write the file with smaller row groups"
+                )
+
+
+def _parquet_row(row: Any) -> Any:
+    """A batch of one row as it was written, or what is wrong with it."""
+    if row.nbytes > MAX_LINE_BYTES:
+        return DataError(f"the row has over {MAX_LINE_BYTES} bytes")
+    try:
+        [value] = row.to_pylist()
+        return _writable(_without_nulls(value))
+    except DataError as error:
+        return error
+    except UnicodeDecodeError as error:
+        return DataError(f"not valid UTF-8 text: {error.reason}")
+    except (ValueError, OverflowError) as error:  # a time that Python has no date for
+        return DataError(f"cannot be read: {error}")
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     """A row as it was written: columns have a null where a row lacks the key."""
     row = {key: value for key, value in row.items() if value is not None}
     extra = row.pop("extra", None)
-    return row | json.loads(extra) if isinstance(extra, str) else row
+    if extra is None:
+        return row
+    try:
+        others = json.loads(extra)
+    except (TypeError, ValueError, RecursionError):
+        others = None
+    if not isinstance(others, dict):
+        raise DataError(f"column 'extra' must hold a JSON object as text, got {extra!r:.80}")
+    return row | others
 
 
 def _write_parquet(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
@@ -134,7 +196,7 @@ def _write_parquet(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]])
         batch: list[dict[str, Any]] = []
         for row in rows:
             batch.append(dict(row))
-            if len(batch) == _BATCH:
+            if len(batch) == _WRITTEN:
                 writer.write_table(table(batch))
                 batch = []
         writer.write_table(table(batch))

@@ -9,7 +9,7 @@ import stat
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from clinkd.data.png import END, HEAD_BYTES, plain_size
 from clinkd.errors import DataError
@@ -19,14 +19,6 @@ MAX_PIXELS = 64 << 20  # decoded pixels of one image; a larger one is refused, n
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "JPEG2000")
 MEDICAL_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz")
 _ORIENTATION = 0x0112  # EXIF tag; 5…8 exchange width and height
-_UNREADABLE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-    OSError,
-    SyntaxError,
-    ValueError,
-)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -113,7 +105,7 @@ def load_image(root: str | os.PathLike[str], name: str) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
-    except _UNREADABLE as error:
+    except Exception as error:  # of PIL's readers each has its own: struct.error, TypeError, …
         raise DataError(f"image {name!r} cannot be decoded (truncated?): {error}") from None
 
 
@@ -151,7 +143,7 @@ def image_size(
             return width, height
     except DataError:
         raise
-    except _UNREADABLE as error:
+    except Exception as error:
         raise DataError(f"image {name!r} has no readable header: {error}") from None
 
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
 
+from clinkd.data.clusters import clusters_of
 from clinkd.data.records import Record
 from clinkd.errors import ConfigError
 
@@ -43,18 +44,18 @@ def limit_records(records: Sequence[Record], limit: int | None, seed: int) -> li
 def held_out_places(records: Sequence[Record], share: float, seed: int) -> list[int]:
     """Places of the records of a share of the groups (volumes, patients), at least one group.
 
-    A group is never in both parts. 0 gives none.
+    A group is never in both parts, nor are groups that share an image. 0 gives none.
 
     Raises:
         ConfigError: one group only, so that nothing would be left to learn from.
     """
     if share == 0:
         return []
-    groups = sorted({record.group for record in records}, key=lambda g: seeded_key(seed, g))
+    groups = clusters_of(records)
     if len(groups) < 2:
         raise ConfigError(f"held_out needs records of at least two groups, got {len(groups)}")
-    kept = set(groups[: max(1, round(share * len(groups)))])
-    return [place for place, record in enumerate(records) if record.group in kept]
+    groups.sort(key=lambda places: seeded_key(seed, min(records[i].group for i in places)))
+    return sorted(i for places in groups[: max(1, round(share * len(groups)))] for i in places)
 
 
 def draw(records: Sequence[Record], count: int, seed: int) -> list[Record]:

@@ -1,18 +1,12 @@
 """Splitting records so that no patient, volume or image stands on both sides."""
 
-import posixpath
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from clinkd.data.images import split_name
+from clinkd.data.clusters import clusters_of, image_file
 from clinkd.data.records import Record
 from clinkd.data.select import Stratum, seeded_key
 from clinkd.errors import ConfigError, DataError
-
-
-def image_file(name: str) -> str:
-    """The file behind an image's name: all slices of one volume are one file."""
-    return posixpath.normpath(split_name(name)[0])
 
 
 def split(
@@ -40,7 +34,7 @@ def split(
         raise ConfigError(f"fractions must be over 0 and their sum under 1, got {dict(fractions)}")
     if "train" in fractions:
         raise ConfigError("'train' is what the other parts leave; give their fractions only")
-    clusters = _clusters(records)
+    clusters = clusters_of(records)
     if len(clusters) <= len(fractions):
         raise DataError(
             f"the records form only {len(clusters)} groups that share no patient, volume or "
@@ -91,27 +85,6 @@ def _stratum(record: Record) -> Stratum:
 
 def _name(records: Sequence[Record], cluster: Sequence[int]) -> str:
     return min(records[index].id for index in cluster)
-
-
-def _clusters(records: Sequence[Record]) -> list[list[int]]:
-    """Indices of records connected through groups and image files (union-find)."""
-    parent = list(range(len(records)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    first: dict[tuple[str, str], int] = {}
-    for index, record in enumerate(records):
-        keys = [("group", record.group), *(("image", image_file(name)) for name in record.images)]
-        for key in keys:
-            parent[root(index)] = root(first.setdefault(key, index))
-    clusters: dict[int, list[int]] = defaultdict(list)
-    for index in range(len(records)):
-        clusters[root(index)].append(index)
-    return list(clusters.values())
 
 
 def leaks(train: Sequence[Record], test: Sequence[Record]) -> list[tuple[Record, str]]:

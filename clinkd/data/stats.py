@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from clinkd.data.clusters import image_file
 from clinkd.data.records import TASKS, Record
-from clinkd.data.split import image_file
 
 _QUANTILES = (("min", 0.0), ("p5", 0.05), ("median", 0.5), ("p95", 0.95), ("max", 1.0))
 
