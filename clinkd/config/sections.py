@@ -142,7 +142,8 @@ class DistillConfig(TrainConfig):
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
     pseudo_labels: Literal["soft", "hard", "both"] = Field(
         "soft",
-        description="learn from the teacher's distributions, its confident answers, or both",
+        description="learn the truth with the teacher's distributions (soft), the truth and the "
+        "teacher's confident answers as more records (hard), or all of it (both)",
     )
     teacher_cache: Literal["none", "hidden", "top-k"] = Field(
         "none",

@@ -53,6 +53,7 @@ def device_memory(
     config: RunConfig,
     world: int = 1,
     *,
+    cached: ModelSize | None = None,
     kind: Numbers | None = None,
     cuda: bool = True,
 ) -> dict[str, int]:
@@ -62,6 +63,7 @@ def device_memory(
         teacher: one that is asked live; None for another stage, or a cache.
         records: each of a batch is taken to be the longest.
         settings: of the stage.
+        cached: a teacher whose hidden states come from a file: its head makes logits of them.
         kind: default: as on a GPU.
     """
     kind = kind or numbers(config)
@@ -88,8 +90,9 @@ def device_memory(
     states = 8 + (4 if kind is BFLOAT16 else 0)  # Adam's two, and float32 weights beside bfloat16
     optimiser = 0 if config.parallel.offload else share(size.trained * states, 1)
     kept = activations(size, records, settings, config, kind)
-    loss = loss_workspace(size, teacher, records, settings, kind, cuda)
+    loss = loss_workspace(size, teacher or cached, records, settings, kind, cuda)
     told = _teacher(teacher, config, world) if teacher else 0
+    told += cached.head * _teacher_bytes(config) if cached else 0
     # gradients come as activations go: with one micro-batch the two are never whole together
     if settings.gradient_accumulation == 1 and strategy == "ddp" and world == 1:
         head = size.head * kind.weight if not size.adapters else 0
@@ -117,12 +120,17 @@ def _in_rows(records: RecordSize, limit: int) -> RecordSize:
 
 def _teacher(size: ModelSize, config: RunConfig, world: int) -> int:
     """A live teacher: whole; or a share with what is gathered at a time; and its head whole."""
-    number = 2 if config.model.dtype == "bfloat16" else 4
+    number = _teacher_bytes(config)
     place = config.parallel.teacher_place
     if place == "whole":
         return size.total * number
     share = 0 if place == "offloaded" else size.total // world
     return (share + min(size.total - size.words, LIVE) + size.head) * number
+
+
+def _teacher_bytes(config: RunConfig) -> int:
+    """Of one of its numbers."""
+    return 2 if config.model.dtype == "bfloat16" else 4
 
 
 def activations(

@@ -14,7 +14,7 @@ from clinkd.data.records import Record, read_records
 from clinkd.data.select import limit_records
 from clinkd.errors import SetupError
 from clinkd.pipeline.paths import data_root, records_file
-from clinkd.pipeline.steps import asks_live, load_processor
+from clinkd.pipeline.steps import asks_live, load_processor, uses_cache
 from clinkd.plan.memory import device_memory
 from clinkd.plan.sizes import ModelSize, RecordSize, model_size, record_size
 from clinkd.train.correctors import Case
@@ -48,11 +48,13 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     shape = record_size(dataset, places)
     stages = _stages(config, train)
     live = asks_live(config)
+    head_only = uses_cache(config) and config.distill.teacher_cache == "hidden"
 
     def memory(stage: str, config: RunConfig, world: int) -> dict[str, int]:
         trained = teacher if stage == "teacher" else student
         asked = teacher if stage == "distill" and live else None
-        return device_memory(trained, asked, shape, stages[stage][1], config, world)
+        cached = teacher if stage == "distill" and head_only else None
+        return device_memory(trained, asked, shape, stages[stage][1], config, world, cached=cached)
 
     return {
         "records": asdict(shape) | {"measured": len(places), "all": len(train)},

@@ -132,6 +132,19 @@ def test_stats_of_nothing_and_of_repetitions(records):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+@pytest.mark.parametrize("command", ["check", "split"])
+def test_other_files_are_told_how_to_become_lines(records, tmp_path, command, suffix):
+    path = tmp_path / f"other{suffix}"
+    assert invoke("convert", records, path).exit_code == 0
+    done = invoke(command, path, *([tmp_path / "parts"] if command == "split" else []))
+    assert isinstance(done.exception, ConfigError)
+    lines = path.with_suffix(".jsonl")
+    assert f"clinkd data convert {path} {lines}" in str(done.exception)
+    assert invoke("convert", path, lines).exit_code == 0
+    assert read_records(lines) == read_records(records)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -49,11 +49,11 @@ def test_published_parameter_counts(small, large):
     assert large.total == 8_291_375_616
 
 
-def plan(size, strategy="zero3", world=1, teacher=None, settings=None, **model):
+def plan(size, strategy="zero3", world=1, teacher=None, settings=None, cached=None, **model):
     tree = {"parallel": {"strategy": strategy}, "distill": {"teacher_cache": "hidden"}}
     config = check(tree | {"model": PAPER["model"] | model})
     settings = settings or DistillConfig(batch_size=4, gradient_accumulation=4)
-    return device_memory(size, teacher, RECORDS, settings, config, world)
+    return device_memory(size, teacher, RECORDS, settings, config, world, cached=cached)
 
 
 def test_adam_in_float32_takes_sixteen_bytes_a_weight(small):
@@ -82,6 +82,7 @@ def test_a_live_teacher_is_whole_or_cut(small, large):
     found = plan(small, "zero2", 8, teacher=large)
     assert found["teacher"] == 2 * large.total
     assert plan(small, "zero2", 8)["teacher"] == 0
+    assert plan(small, "zero2", 8, cached=large)["teacher"] == 2 * large.head
     share = 2 * (large.total // 8 + 10**9 + large.head)  # and what is gathered at a time
     assert plan(small, "zero3", 8, teacher=large)["teacher"] == share
 
