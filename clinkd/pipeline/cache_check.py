@@ -9,7 +9,13 @@ from clinkd.data.collate import AnswerDataset
 from clinkd.errors import ConfigError
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root
-from clinkd.pipeline.steps import load_model, open_cache, stage_records, start_of
+from clinkd.pipeline.steps import (
+    load_model,
+    open_cache,
+    shared_vocabulary,
+    stage_records,
+    start_of,
+)
 from clinkd.train.cache_error import cache_error
 from clinkd.train.teachers import CachedRows
 
@@ -53,4 +59,5 @@ def check_cache(run: Path, records: int) -> dict[str, Any]:
     dataset = AnswerDataset(wanted, data_root(config.data), processor, config.distill.max_length)
     drawn = random.Random(config.seed).sample(range(len(wanted)), min(records, len(wanted)))
     rows = CachedRows(dataset, cache)
-    return found | cache_error(student.eval(), teacher, rows, drawn, config.distill)
+    tokens = shared_vocabulary(folder, processor)
+    return found | cache_error(student.eval(), teacher, rows, drawn, config.distill, tokens)

@@ -22,6 +22,8 @@ from clinkd.pipeline.steps import (
     asked_records,
     load_processor,
     positions_of,
+    read_config,
+    require_same_images,
     start_of,
     uses_cache,
 )
@@ -50,6 +52,8 @@ def prepare(folder: RunFolder, progress: Update) -> str:
         config.model.student,
     ):
         _require_same_tokens(config, config.model.teacher, config.model.student)
+        student, teacher = config.model.student, config.model.teacher
+        require_same_images(read_config(student), read_config(teacher), student, teacher)
     train_records = limit_records(train_records, config.data.train_limit, config.seed)
     test_records = limit_records(test_records, config.data.test_limit, config.seed)
     require_sound(train_records, test_records, root)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from clinkd import models
 from clinkd.config import DEMO, RunConfig
@@ -13,13 +13,15 @@ from clinkd.data.files import read_jsonl
 from clinkd.data.records import Record, Turn, read_records
 from clinkd.data.select import limit_records
 from clinkd.data.teacher_cache import TeacherCache
-from clinkd.errors import SetupError
+from clinkd.errors import ConfigError, SetupError
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root
 from clinkd.rotary import PositionConfig
 from clinkd.train.adapter import quantisation
 from clinkd.train.sharded import cut_while_loading
 from clinkd.train.teachers import cache_spec
+
+PATCHES = ("patch_size", "temporal_patch_size", "spatial_merge_size")  # of a vision tower
 
 
 def start_of(folder: RunFolder) -> str:
@@ -48,6 +50,41 @@ def load_processor(config: RunConfig, path: str) -> Any:
             f"{path}: no processor can be read ({str(error).splitlines()[0]}); give a checkpoint's "
             "folder, or a hub name"
         ) from None
+
+
+def read_config(name: str) -> Any:
+    """A checkpoint's model config.
+
+    Raises:
+        SetupError: it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SetupError(
+            f"{name}: no model config can be read ({str(error).splitlines()[0]}); give a folder "
+            "with config.json, or a hub name"
+        ) from None
+
+
+def require_same_images(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
+    """Make sure that two models, given their configs, take one batch's images alike.
+
+    Raises:
+        ConfigError: they cut images otherwise, or mark their places by another token.
+    """
+    ours, theirs = (
+        {name: getattr(c.vision_config, name) for name in PATCHES}
+        | {"image_token_id": c.image_token_id}
+        for c in (student, teacher)
+    )
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise ConfigError(
+                f"the teacher ({teacher_name}) has {name} {theirs[name]}, the student "
+                f"({student_name}) {value}: they cannot see one batch; take two models of one "
+                "family"
+            )
 
 
 def load_model(
@@ -88,6 +125,12 @@ def load_teacher(config: RunConfig, path: str) -> PreTrainedModel:
         return load_model(config, path)[0]
     dtype = getattr(torch, config.model.dtype)
     return _load_cut(config, path, dtype, offload=place == "offloaded")
+
+
+def shared_vocabulary(folder: RunFolder, processor: Any) -> int:
+    """Tokens that student and teacher both have; a head may have rows for more, or for padding."""
+    theirs = load_processor(folder.config, str(folder.teacher)).tokenizer
+    return min(len(processor.tokenizer), len(theirs))
 
 
 def uses_cache(config: RunConfig) -> bool:

@@ -20,6 +20,7 @@ from clinkd.pipeline.steps import (
     load_processor,
     load_teacher,
     open_cache,
+    shared_vocabulary,
     stage_records,
     start_of,
     uses_cache,
@@ -106,10 +107,12 @@ def _train(folder: RunFolder, task: TrainTask, progress: Update) -> str:
         model.model.visual.requires_grad_(False)
     model = add_adapter(model, config.model.adapter, config.seed)
     told: PreTrainedModel | TeacherCache | None = None
+    tokens = None
     if task.stage == "distill" and uses_cache(config):
         told = open_cache(folder, records, processor)
     elif task.stage == "distill" and asks_live(config):
         told = load_teacher(config, str(folder.teacher))
+        tokens = shared_vocabulary(folder, processor)
     job = Job(
         stage=task.stage,
         output=Path(task.output),
@@ -125,7 +128,7 @@ def _train(folder: RunFolder, task: TrainTask, progress: Update) -> str:
         tensorboard=folder.path / "tensorboard",
         wandb=config.log.wandb,
     )
-    loss = train(job, model, processor, settings, told)
+    loss = train(job, model, processor, settings, told, teacher_vocabulary=tokens)
     return f"{len(records)} records, loss {loss:.3f}"
 
 
@@ -139,7 +142,8 @@ def _fill(folder: RunFolder, progress: Update, rank: int, world: int) -> str:
         dataset = AnswerDataset(
             records, data_root(config.data), processor, config.distill.max_length
         )
-        fill_cache(cache, model, dataset, config.distill.batch_size, progress, rank, world)
+        tokens = shared_vocabulary(folder, processor)
+        fill_cache(cache, model, dataset, config.distill.batch_size, progress, rank, world, tokens)
     return f"teacher cache of {len(records)} records"
 
 

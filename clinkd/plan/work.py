@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from transformers import AutoConfig
-
 from clinkd.config import DEMO, RunConfig, TrainConfig
 from clinkd.data.collate import AnswerDataset
 from clinkd.data.records import Record, read_records
 from clinkd.data.select import limit_records
-from clinkd.errors import SetupError
 from clinkd.pipeline.paths import data_root, records_file
-from clinkd.pipeline.steps import asks_live, load_processor, uses_cache
+from clinkd.pipeline.steps import asks_live, load_processor, read_config, uses_cache
 from clinkd.plan.memory import device_memory
 from clinkd.plan.sizes import ModelSize, RecordSize, model_size, record_size
 from clinkd.train.correctors import Case
@@ -90,22 +87,12 @@ def _models(config: RunConfig, train: Sequence[Record]) -> tuple[Any, ModelSize,
         processor: Any = build_processor(texts, demo.vocabulary, *bounds)
         first = build_model(processor, demo, config.seed).config
     else:
-        first = _read_config(config.model.student)
+        first = read_config(config.model.student)
         processor = load_processor(config, config.model.student)
     other = config.model.teacher
-    second = first if other in (None, DEMO) else _read_config(str(other))
+    second = first if other in (None, DEMO) else read_config(str(other))
     settings = (config.model.freeze_vision, config.model.adapter)
     return processor, model_size(first, *settings), model_size(second, *settings)
-
-
-def _read_config(name: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise SetupError(
-            f"{name}: no model config can be read ({str(error).splitlines()[0]}); give a folder "
-            "with config.json, or a hub name"
-        ) from None
 
 
 def _parts(size: ModelSize) -> dict[str, int]:

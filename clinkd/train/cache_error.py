@@ -22,12 +22,14 @@ def cache_error(
     rows: CachedRows,
     drawn: Sequence[int],
     settings: DistillConfig,
+    vocabulary: int | None = None,
 ) -> dict[str, Any]:
     """Figures over the answer tokens of some records, at the settings' temperature and divergence.
 
     Args:
         rows: records with their rows of the cache.
         drawn: places of the records to look at.
+        vocabulary: tokens that teacher and student both have; default: all of the student's.
 
     Returns:
         `tokens`, `kd_exact` and `kd_cached` (means), `kd_error_mean` and `kd_error_max` (of single
@@ -40,7 +42,8 @@ def cache_error(
         "divergence": settings.divergence,
     }
     tokenizer = rows.dataset.processor.tokenizer
-    live, cached = LiveTeacher(teacher, len(tokenizer)), CachedTeacher(rows.cache)
+    vocabulary = len(tokenizer) if vocabulary is None else vocabulary
+    live, cached = LiveTeacher(teacher, vocabulary), CachedTeacher(rows.cache)
     pad = partial(collate, pad_token_id=tokenizer.pad_token_id)
     exact, kept, masses = [], [], []
     gradient = difference = 0.0

@@ -82,7 +82,8 @@ class LiveTeacher:
     Args:
         model: whole, or loaded in `clinkd.train.sharded.cut_while_loading`; then all processes ask
             it together.
-        vocabulary: tokens; rows of the head from there on pad it to a round size.
+        vocabulary: tokens that teacher and student both have; rows of the head from there on pad it
+            to a round size, or are tokens that the student cannot say.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
@@ -213,17 +214,20 @@ def fill_cache(
     progress: Callable[[int, int, str], None] | None = None,
     rank: int = 0,
     world: int = 1,
+    vocabulary: int | None = None,
 ) -> None:
     """Write the shards that are missing; what is whole stays.
 
     Args:
+        vocabulary: as of `LiveTeacher`; default: all tokens of the student.
         rank: of `world` processes, each of which writes every `world`-th shard.
     """
     tokenizer = dataset.processor.tokenizer
-    live = LiveTeacher(teacher, len(tokenizer))
+    vocabulary = len(tokenizer) if vocabulary is None else vocabulary
+    live = LiveTeacher(teacher, vocabulary)
     spec = cache.spec
     if spec.kind == "hidden" and rank == 0 and not cache.has_head():
-        cache.write_head(teacher.lm_head.weight[: len(tokenizer)])
+        cache.write_head(teacher.lm_head.weight[:vocabulary])
     pad = partial(collate, pad_token_id=tokenizer.pad_token_id)
     shards = [shard for shard in cache.missing() if shard % world == rank]
     done, total = 0, sum(len(cache.shard_range(shard)) for shard in shards)

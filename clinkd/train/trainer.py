@@ -38,6 +38,8 @@ def train(
     processor: Any,
     settings: TrainConfig,
     teacher: PreTrainedModel | TeacherCache | None = None,
+    *,
+    teacher_vocabulary: int | None = None,
 ) -> float:
     """Train on the records' answers, and from a teacher's distributions if one is given.
 
@@ -45,6 +47,7 @@ def train(
 
     Args:
         settings: a `DistillConfig` where there is a teacher.
+        teacher_vocabulary: tokens of a live teacher; default: as many as the student has.
 
     Returns:
         The mean loss of the last logged steps, a resumed run's earlier ones included.
@@ -63,7 +66,7 @@ def train(
     if isinstance(teacher, TeacherCache):
         dataset, told = CachedRows(dataset, teacher), CachedTeacher(teacher)
     elif teacher is not None:
-        told = LiveTeacher(teacher, vocabulary)
+        told = LiveTeacher(teacher, min(vocabulary, teacher_vocabulary or vocabulary))
     require_fit(encoded)
     held = set(job.held_out)
     places = [i for i in range(len(dataset)) if i not in held]

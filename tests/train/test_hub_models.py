@@ -28,7 +28,7 @@ from clinkd.data.records import read_records
 from clinkd.data.tokenizer import CHAT_TEMPLATE, require_same_tokens, train_tokenizer
 from clinkd.errors import ConfigError
 from clinkd.pipeline.paths import SAMPLE_FOLDER
-from clinkd.pipeline.steps import load_model
+from clinkd.pipeline.steps import load_model, require_same_images
 from clinkd.train.job import Job
 from clinkd.train.log import MetricsLog
 from clinkd.train.trainer import train
@@ -165,6 +165,43 @@ def test_distilling_between_heads_of_different_sizes(family, tmp_path, tokenizer
     answers = generate.BeamSearcher(again.eval(), processor, 2, 2, 3).generate(requests)
     for candidate in next(iter(answers)).candidates:
         assert all(token < words for token in candidate.token_ids)
+
+
+def test_a_teacher_with_fewer_tokens(tmp_path, tokenizer):
+    """Rows of its head past its own tokens pad it, though the student has tokens there."""
+    save(tmp_path / "student", "qwen2_vl", tokenizer, STUDENT_ROWS, 32, 0)
+    save(tmp_path / "teacher", "qwen2_vl", tokenizer, TEACHER_ROWS, 48, 1)
+    config = check(
+        {"model": {"student": str(tmp_path / "student"), "min_pixels": 3136, "max_pixels": 3136}}
+    )
+    records = read_records(SAMPLE_FOLDER / "train.jsonl")[:3]
+    settings = DistillConfig(epochs=1, learning_rate=1e-3, batch_size=3, log_steps=1)
+    words = len(tokenizer) - 20
+    found = []
+    for loud in (False, True):
+        student, processor = load_model(config, config.model.student, training=True)
+        teacher, _ = load_model(config, str(tmp_path / "teacher"))
+        if loud:
+            with torch.no_grad():
+                teacher.lm_head.weight[words:] = 100 * teacher.lm_head.weight[:1]
+        out = tmp_path / f"out-{loud}"
+        job = Job("distill", out, MetricsLog(tmp_path / "log"), records, SAMPLE_FOLDER, 0)
+        train(job, student, processor, settings, teacher, teacher_vocabulary=words)
+        found.append(student.lm_head.weight.detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [("qwen2_5_vl", None), ("qwen3_vl", "has patch_size 16, the student .* 14: they cannot see")],
+)
+def test_families_that_cut_images_otherwise_are_refused(tokenizer, teacher, message):
+    configs = [build(f, tokenizer, STUDENT_ROWS, 32, 0).config for f in ("qwen2_vl", teacher)]
+    if message is None:
+        require_same_images(*configs, "a", "b")
+        return
+    with pytest.raises(ConfigError, match=message):
+        require_same_images(*configs, "a", "b")
 
 
 def test_another_tokenizer_is_refused(tokenizer):
