@@ -149,7 +149,7 @@ class DistillConfig(TrainConfig):
         "none",
         description="ask the teacher once and keep its hidden states (exact) or top logits on disk",
     )
-    teacher_top_k: int = Field(64, ge=4, le=256, multiple_of=4, description="logits kept a token")
+    teacher_top_k: int = Field(64, ge=16, le=256, multiple_of=4, description="logits kept a token")
     min_confidence: Fraction = Field(
         0.5, description="hard pseudo-labels below this mean token probability are left out"
     )

@@ -74,6 +74,8 @@ def encode_top_k(logits: Tensor, k: int, temperature: float) -> dict[str, Tensor
         raise ValueError(f"logits must have {k} to {MOST_VOCABULARY} columns: {logits.shape[1]}")
     logits = logits.float()
     lse = torch.logsumexp(logits / temperature, dim=1)  # [N]
+    if not lse.isfinite().all():
+        raise DataError("the teacher's logits hold a NaN or an infinity: is its training sound?")
     values, ids = logits.topk(k, dim=1)
     high = (ids >> 16).view(-1, k // 4, 4)
     packed = high[..., 0] | high[..., 1] << 2 | high[..., 2] << 4 | high[..., 3] << 6
@@ -119,7 +121,12 @@ class TeacherCache:
 
     def missing(self) -> list[int]:
         """Shards that are not whole; writing goes on with them."""
-        return [s for s in range(self.spec.shards) if not self._path(s, "json").exists()]
+        kinds = ("json", "safetensors")  # the seal, and what it seals
+        return [
+            shard
+            for shard in range(self.spec.shards)
+            if not all(self._path(shard, kind).exists() for kind in kinds)
+        ]
 
     def whole(self) -> bool:
         """Whether nothing is missing."""

@@ -25,13 +25,33 @@ def check_labels(labels: Tensor, rows: int) -> None:
         raise ValueError(f"labels must be [N] = [{rows}], got shape {tuple(labels.shape)}")
 
 
-def check_weight(weight: Tensor | None, rows: int) -> None:
-    """Floating, one a row: kernels read it by row."""
+def check_weight(weight: Tensor | None, rows: int, *, learns: bool = True) -> None:
+    """Floating, one a row: kernels read it by row.
+
+    Args:
+        learns: whether the loss has a gradient by it.
+    """
     if weight is None:
         return
     check_float("weight", weight, 1, "[N]")
     if weight.shape != (rows,):
         raise ValueError(f"weight must be [N] = [{rows}], got shape {tuple(weight.shape)}")
+    if not learns and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight must need no gradient, of which this loss has none: give weight.detach(), or "
+            "take the loss of logits"
+        )
+
+
+def check_num_items(num_items: Tensor | int | None) -> None:
+    """A number above 0; of a tensor the shape alone is looked at, so that no host waits."""
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(
+                f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}"
+            )
+    elif num_items is not None and not 0 < num_items < math.inf:
+        raise ValueError(f"num_items must be a finite number above 0, got {num_items}")
 
 
 def check_devices(labels: Tensor, **others: Tensor | None) -> None:
@@ -102,6 +122,16 @@ def check_rows(
     raise_first(f"{rule}, the student's vocabulary", outside, numbers)
 
 
+def check_top_rows(logits: Tensor, lse: Tensor, labels: Tensor, ignore_index: int) -> None:
+    """`check_rows` for what is known of a teacher: K logits and their log-sum-exp."""
+    if not checking():
+        return
+    counts = labels != ignore_index
+    nan = counts & ~logits.isfinite().all(dim=1)
+    raise_first("teacher_logits must be finite", nan, None)
+    raise_first("teacher_lse must be finite", counts & ~lse.isfinite(), None)
+
+
 def raise_first(rule: str, wrong: Tensor, numbers: Tensor | None) -> None:
     """Raise where a row is wrong [N], naming the first by its number."""
     rows = wrong.nonzero().squeeze(1)
@@ -122,10 +152,10 @@ def check_options(
     """Numbers and names of the distillation loss."""
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be above 0 and finite, or None, got {softcap}")
-    if not kd_weight >= 0:
-        raise ValueError(f"kd_weight must be at least 0, got {kd_weight}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not 0 <= kd_weight < math.inf:
+        raise ValueError(f"kd_weight must be at least 0 and finite, got {kd_weight}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     if divergence not in known:
         raise ValueError(f"divergence must be one of {', '.join(known)}, got {divergence!r}")
     for name, value in (("beta", beta), ("skew", skew)):

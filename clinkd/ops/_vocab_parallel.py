@@ -93,6 +93,33 @@ def whole_rows(
     return ce, temperature**2 * value, statistics, label
 
 
+def check_columns(student: int, teacher: int) -> None:
+    """Raise unless a rank has as many columns of the teacher as of the student.
+
+    Its place in the vocabulary is counted by them.
+    """
+    if student != teacher:
+        raise ValueError(
+            "with a process_group a rank must have as many columns of the teacher as of the "
+            f"student, got {teacher} and {student}: pad the shorter with columns of -inf"
+        )
+
+
+def check_shards(group: dist.ProcessGroup, student: Tensor, teacher: Tensor) -> None:
+    """Raise on every rank unless all have heads [V, C] of as many rows.
+
+    Chunks of rows are as many as a head's width allows: ranks with others would not meet again.
+    """
+    check_columns(len(student), len(teacher))
+    width = torch.tensor([len(student), -len(student)], device=student.device)
+    most, least = _all_reduce(width, dist.ReduceOp.MAX, group).tolist()
+    if most != -least:
+        raise ValueError(
+            "all ranks of a process_group must have as many rows of the heads, got from "
+            f"{-least} to {most}: pad with rows whose bias is -inf"
+        )
+
+
 def local_options(options: tuple[Any, ...]) -> tuple[Any, ...]:
     """The operators' options, with the mark of an ignored row that no rank's label can have."""
     temperature, divergence, mix, _, softcap, impl = options

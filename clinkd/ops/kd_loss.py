@@ -10,6 +10,7 @@ from clinkd.ops._checks import (
     check_devices,
     check_float,
     check_labels,
+    check_num_items,
     check_options,
     check_rows,
     check_weight,
@@ -17,7 +18,7 @@ from clinkd.ops._checks import (
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
 from clinkd.ops._kd_at_once import WithGradient, rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import operator_options
-from clinkd.ops._vocab_parallel import VocabParallelRows
+from clinkd.ops._vocab_parallel import VocabParallelRows, check_columns
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
 IMPLS = ("auto", "reference", "cpu", "cuda")
@@ -91,6 +92,7 @@ def kd_loss(
         )
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)
     check_weight(weight, student_logits.shape[0])
+    check_num_items(num_items)
     check_devices(
         labels, student_logits=student_logits, teacher_logits=teacher_logits, weight=weight
     )
@@ -100,6 +102,7 @@ def kd_loss(
     impl = resolve_impl(impl, IMPLS, native_impl(labels.device), why_not, labels.device, dtype)
     if process_group is not None:
         require_kernels(impl)
+        check_columns(student_logits.shape[1], teacher_logits.shape[1])
     if impl == "reference":
         ce, kd = kd_loss_rows(
             student_logits,

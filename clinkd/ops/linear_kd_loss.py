@@ -12,6 +12,7 @@ from clinkd.ops._checks import (
     check_devices,
     check_head,
     check_labels,
+    check_num_items,
     check_options,
     check_rows,
     check_vocab_size,
@@ -22,7 +23,7 @@ from clinkd.ops._kd_at_once import rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
 from clinkd.ops._linear_kd_triton import LinearKDTriton
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
-from clinkd.ops._vocab_parallel import local_options, whole_rows
+from clinkd.ops._vocab_parallel import check_shards, local_options, whole_rows
 from clinkd.ops.kd_loss import IMPLS, KDLoss, default_num_items, require_kernels, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
@@ -65,7 +66,8 @@ def linear_kd_loss(
             kernels make them tile by tile, twice for forward_kl and reverse_kl, three times for jsd
             and skew_kl.
         process_group: as for `kd_loss`; rank r gives rows `r * V … (r + 1) * V - 1` of both heads,
-            all of them the same hidden states, whose gradient is summed over the ranks.
+            all of them the same hidden states, whose gradient is summed over the ranks. All ranks
+            have as many rows of each head: pad with rows whose bias is -inf.
         vocab_size: rows of the student's head that stand for tokens; the rest, which pads the head
             to a round size, takes no part and gets a zero gradient. Of a teacher give
             `teacher_weight[:size]`. Default: all.
@@ -87,7 +89,8 @@ def linear_kd_loss(
     check_labels(labels, rows)
     check_vocab_size(vocab_size, student_weight)
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)
-    check_weight(weight, rows)
+    check_weight(weight, rows, learns=False)
+    check_num_items(num_items)
     check_bias("student_bias", student_bias, student_weight)
     check_bias("teacher_bias", teacher_bias, teacher_weight)
     check_devices(
@@ -100,6 +103,8 @@ def linear_kd_loss(
         teacher_bias=teacher_bias,
         weight=weight,
     )
+    if process_group is not None:
+        check_shards(process_group, student_weight, teacher_weight)
     count = default_num_items(labels, ignore_index) if num_items is None else num_items
     kept = (labels != ignore_index).nonzero().squeeze(1)
     teacher_hidden = teacher_hidden.detach()
@@ -114,6 +119,12 @@ def linear_kd_loss(
     device, dtype = labels.device, student_hidden.dtype
     if workspace == 0:
         _require_no_storage(process_group, device, dtype)
+        for name, rows_of, head in (("student", *student[:2]), ("teacher", *teacher[:2])):
+            if rows_of.dtype != head.dtype:
+                raise TypeError(
+                    f"{name}_weight must be {rows_of.dtype} as {name}_hidden is for workspace=0, "
+                    f"got {head.dtype}"
+                )
         mix = beta if divergence == "jsd" else skew
         numbers = (labels, weight, kept, kd_weight, temperature, DIVERGENCES.index(divergence))
         loss, parts = LinearKDTriton.apply(*student, *teacher, *numbers, mix, softcap, vocab_size)

@@ -11,8 +11,10 @@ from clinkd.ops._checks import (
     check_devices,
     check_head,
     check_labels,
+    check_num_items,
     check_options,
     check_rows,
+    check_top_rows,
     check_vocab_size,
     check_weight,
 )
@@ -66,8 +68,10 @@ def linear_topk_kd_loss(
     check_vocab_size(vocab_size, student_weight)
     check_labels(labels, student_hidden.shape[0])
     check_top(teacher_logits, teacher_ids, teacher_lse, labels.shape[0])
+    check_top_rows(teacher_logits, teacher_lse, labels, ignore_index)
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)
-    check_weight(weight, labels.shape[0])
+    check_weight(weight, labels.shape[0], learns=False)
+    check_num_items(num_items)
     check_bias("student_bias", student_bias, student_weight)
     check_devices(
         labels,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops import _rotary_attention_triton  # noqa: F401  (registers the operators)
+from clinkd.ops._attention_cpu import attend_cpu
 from clinkd.ops._checks import check_float
 from clinkd.ops._impl import resolve_impl, why_not_triton
 from clinkd.ops.reference.rotary_attention import rotary_attention as reference_attention
@@ -11,7 +12,6 @@ from clinkd.ops.rotary import check_positions, check_rotary, rotary
 from clinkd.rotary import RotarySpec
 
 IMPLS = ("auto", "reference", "cpu", "triton")
-CHUNK = 256  # queries a mask is made for at once on the CPU
 
 
 def rotary_attention(
@@ -78,7 +78,7 @@ def rotary_attention(
             torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         )[:2]
     elif impl == "cpu":
-        out, lse = _cpu(
+        out, lse = attend_cpu(
             rotary(q, positions, spec),
             k if key_positions is None else rotary(k, key_positions, spec),
             v,
@@ -129,88 +129,6 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if impl == "triton":
         return why_not_triton(device, dtype)
     return None
-
-
-def _cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    """torch's flash attention over rotated q and k; packed sequences one after another."""
-    if cu_seqlens is None:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out, lse = _attend(q, k, v, causal, scale, window)
-        return out.transpose(1, 2), lse
-    starts = cu_seqlens.tolist()
-    key_starts = starts if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    parts = []
-    for i in range(len(starts) - 1):
-        queries, keys = slice(*starts[i : i + 2]), slice(*key_starts[i : i + 2])
-        a, b, c = (t.transpose(0, 1)[None] for t in (q[queries], k[keys], v[keys]))
-        parts.append(_attend(a, b, c, causal, scale, window))
-    outs = [out[0] for out, _ in parts] or [q.transpose(0, 1)]
-    lses = [lse[0] for _, lse in parts] or [q.new_zeros(q.shape[1], 0, dtype=torch.float32)]
-    return torch.cat(outs, dim=1).transpose(0, 1), torch.cat(lses, dim=1)
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]; no mask larger than CHUNK queries is ever made."""
-    Sq, Sk = q.shape[2], k.shape[2]
-    offset = Sk - Sq
-    blind = min(max(0, -offset), Sq) if causal else 0
-    if q.numel() == 0:
-        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
-        return q * 0 + (k.sum() + v.sum()) * 0, lse
-    if Sk == 0 or blind:  # queries that see no key give 0
-        blind = Sq if Sk == 0 else blind
-        zero = q[:, :, :blind] * 0 + (k.sum() + v.sum()) * 0
-        lse = torch.full(zero.shape[:3], -torch.inf, device=q.device)
-        if blind == Sq:
-            return zero, lse
-        out, rest = _attend(q[:, :, blind:], k, v, causal, scale, window)
-        return torch.cat([zero, out], dim=2), torch.cat([lse, rest], dim=2)
-    if window is None and (not causal or Sq == 1):
-        return _flash(q, k, v, scale)
-    if window is None and offset == 0:
-        return _flash(q, k, v, scale, is_causal=True)
-    parts = []
-    for begin in range(0, Sq, CHUNK):
-        end = min(begin + CHUNK, Sq)
-        first = 0 if window is None else max(0, begin + offset - window + 1)
-        last = end + offset if causal else Sk
-        i = torch.arange(begin, end, device=q.device)[:, None] + offset
-        j = torch.arange(first, last, device=q.device)
-        hidden = torch.zeros(end - begin, last - first, dtype=torch.bool, device=q.device)
-        if causal:
-            hidden |= j > i
-        if window is not None:
-            hidden |= j <= i - window
-        mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
-        mask.masked_fill_(hidden, -torch.inf)
-        keys, values = k[:, :, first:last], v[:, :, first:last]
-        parts.append(_flash(q[:, :, begin:end], keys, values, scale, mask=mask))
-    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
-
-
-def _flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    is_causal: bool = False,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
-    )
-    return found
 
 
 def _check(

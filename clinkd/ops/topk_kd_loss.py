@@ -9,8 +9,10 @@ from clinkd.ops._checks import (
     check_devices,
     check_float,
     check_labels,
+    check_num_items,
     check_options,
     check_rows,
+    check_top_rows,
     check_weight,
 )
 from clinkd.ops._impl import native_impl, resolve_impl
@@ -58,8 +60,10 @@ def topk_kd_loss(
     check_float("student_logits", student_logits, 2, "[N, Vs]")
     check_labels(labels, student_logits.shape[0])
     check_top(teacher_logits, teacher_ids, teacher_lse, labels.shape[0])
+    check_top_rows(teacher_logits, teacher_lse, labels, ignore_index)
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)
     check_weight(weight, labels.shape[0])
+    check_num_items(num_items)
     check_devices(
         labels,
         student_logits=student_logits,

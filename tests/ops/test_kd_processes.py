@@ -90,6 +90,35 @@ def ignored_masked_and_wrong(rank):
     assert kd_loss(z[:, uneven], t[:, uneven], labels, process_group=group).loss.isnan()
     with pytest.raises(RuntimeError, match="process_group needs impl='cpu' or 'cuda'"):
         kd_loss(z.double(), t.double(), labels, process_group=group)
+    with pytest.raises(ValueError, match="as many columns of the teacher as of the student"):
+        kd_loss(z[:, columns], t[:, :9], labels, process_group=group)
+    arguments = (hidden, weight[uneven], teacher, head[uneven], labels)
+    for workspace in ("auto", 700):  # the latter makes other numbers of chunks: none may wait
+        with pytest.raises(ValueError, match="as many rows of the heads, got from 24 to 40"):
+            linear_kd_loss(*arguments, process_group=group, workspace=workspace)
+
+
+def a_vocabulary_that_does_not_divide(rank):
+    """Padded as the error says: rows of zeros whose bias is -inf."""
+    group = dist.group.WORLD
+    hidden, weight, teacher, head, labels = make()
+    few = V - 13
+    labels = labels.clamp(max=few - 1)
+    columns = slice(rank * V // RANKS, (rank + 1) * V // RANKS)
+    bias = torch.where(torch.arange(V) < few, 0.0, -torch.inf)
+    for divergence, workspace in itertools.product(DIVERGENCES, ("auto", 700)):
+        settings = {"divergence": divergence, "temperature": 2.0}
+        whole = linear_kd_loss(hidden, weight[:few], teacher, head[:few], labels, **settings).loss
+        mine = weight.detach()[columns].requires_grad_()
+        found = linear_kd_loss(
+            hidden, mine, teacher, head[columns], labels, student_bias=bias[columns],
+            teacher_bias=bias[columns], workspace=workspace, process_group=group, **settings,
+        ).loss  # fmt: skip
+        close(found.detach(), whole.detach())
+        expected = torch.autograd.grad(whole, (hidden, weight))
+        grads = torch.autograd.grad(found, (hidden, mine))
+        close(grads[0], expected[0])
+        close(grads[1], expected[1][columns])
 
 
 def over_the_rows(rank):
@@ -112,7 +141,12 @@ def over_the_rows(rank):
         close(grad, torch.autograd.grad(whole, weight)[0])
 
 
-CHECKS = (over_the_vocabulary, ignored_masked_and_wrong, over_the_rows)
+CHECKS = (
+    over_the_vocabulary,
+    ignored_masked_and_wrong,
+    a_vocabulary_that_does_not_divide,
+    over_the_rows,
+)
 
 
 def work(rank, folder):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clinkd.ops import kd_loss, linear_kd_loss, linear_topk_kd_loss, topk_kd_loss
+from clinkd.ops._impl import why_not_triton
 
 N, C, V, K = 4, 6, 10, 3
 
@@ -74,3 +75,59 @@ def test_a_teacher_without_numbers_gives_nan(impl):
     given = arguments(kd_loss)
     given["teacher_logits"][1, 2] = math.nan
     assert kd_loss(**given, impl=impl).kd.isnan()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_items", 0, "num_items must be a finite number above 0"),
+        ("num_items", -3, "num_items must be a finite number above 0"),
+        ("num_items", math.nan, "num_items must be a finite number above 0"),
+        ("num_items", torch.ones(N), r"num_items must be one number, got a tensor of shape \(4,\)"),
+        ("temperature", math.inf, "temperature must be above 0 and finite"),
+        ("temperature", math.nan, "temperature must be above 0 and finite"),
+        ("kd_weight", math.inf, "kd_weight must be at least 0 and finite"),
+        ("kd_weight", -1.0, "kd_weight must be at least 0 and finite"),
+    ],
+)
+def test_numbers_that_are_none(loss, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        loss(**arguments(loss), **{name: value})
+
+
+@pytest.mark.parametrize("loss", [linear_kd_loss, linear_topk_kd_loss], ids=lambda x: x.__name__)
+def test_a_weight_that_learns(loss):
+    """The losses of logits have its gradient; these have not, and say so."""
+    weight = torch.ones(N, requires_grad=True)
+    with pytest.raises(ValueError, match=r"weight must need no gradient.*weight.detach\(\)"):
+        loss(**arguments(loss), weight=weight)
+    loss(**arguments(loss), weight=weight.detach())
+    with torch.no_grad():
+        loss(**arguments(loss), weight=weight)
+    logits = {linear_kd_loss: kd_loss, linear_topk_kd_loss: topk_kd_loss}[loss]
+    (grad,) = torch.autograd.grad(logits(**arguments(logits), weight=weight).loss, weight)
+    assert grad.isfinite().all()
+
+
+def test_checking_sees_the_teacher_of_top_k(monkeypatch):
+    monkeypatch.setenv("CLINKD_CHECK", "1")
+    for loss in (topk_kd_loss, linear_topk_kd_loss):
+        for name in ("teacher_logits", "teacher_lse"):
+            given = arguments(loss)
+            given[name] = given[name].clone()
+            given[name][2] = math.nan
+            with pytest.raises(ValueError, match=f"{name} must be finite: row 2 breaks it"):
+                loss(**given)
+            given["labels"] = given["labels"].clone()
+            given["labels"][2] = -100
+            loss(**given)
+
+
+def test_heads_of_another_type_without_storage():
+    if reason := why_not_triton(torch.device("cpu"), torch.float32):
+        pytest.skip(reason)
+    given = arguments(linear_kd_loss)
+    given["teacher_weight"] = given["teacher_weight"].bfloat16()
+    with pytest.raises(TypeError, match=r"teacher_weight must be torch\.float32 as"):
+        linear_kd_loss(**given, workspace=0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from clinkd.ops import rotary_attention
+from clinkd.ops import _attention_cpu, rotary_attention
 from clinkd.ops.reference.rotary_attention import rotary_attention as reference
 from clinkd.rotary import RotarySpec
 
@@ -183,7 +183,7 @@ def test_triton_opcheck():
 
 def test_chunks_of_queries(monkeypatch):
     usable("cpu")
-    monkeypatch.setattr(attention_module, "CHUNK", 16)
+    monkeypatch.setattr(_attention_cpu, "CHUNK", 16)
     for name in ("window", "later queries", "more queries than keys", "window, full, later"):
         compare("cpu", CASES[name])
 
@@ -238,13 +238,29 @@ def test_only_differences_of_positions_matter():
 
 
 @pytest.mark.slow
-def test_compiles_whole():
-    spec = RotarySpec.split(32)
-    (q, k, v), positions, _ = CASES["causal"].make()
-    compiled = torch.compile(
-        lambda q: rotary_attention(q, k, v, positions, spec), fullgraph=True, backend="aot_eager"
-    )
-    assert torch.allclose(compiled(q), rotary_attention(q, k, v, positions, spec), atol=1e-5)
+@pytest.mark.parametrize("name", ["causal", "packed", "packed, other keys", "packed window"])
+def test_compiles_whole(name):
+    case = CASES[name]
+    tensors, positions, options = case.make()
+    attend = lambda q, k, v: rotary_attention(q, k, v, positions, case.spec, **options)  # noqa: E731
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (compiled, attend):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = run(*leaves)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        results.append((out.detach(), *grads))
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_the_packed_operator_follows_the_rules():
+    (q, k, v), _, options = CASES["packed"].make()
+    starts = options["cu_seqlens"]
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    operator = torch.ops.clinkd.packed_attention.default
+    torch.library.opcheck(operator, (*leaves, True, 0.2, starts, starts, None))
 
 
 @pytest.mark.parametrize(

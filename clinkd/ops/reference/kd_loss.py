@@ -29,6 +29,10 @@ def kd_loss_rows(
         jsd         beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q
         skew_kl     KL(p || skew p + (1 - skew) q)            (Ko et al. 2024, arXiv:2402.03898)
 
+    A column of -inf has probability 0. KL(p || q) is infinite where p is above 0 and q is 0:
+    forward KL where the student alone has -inf, reverse KL where the teacher alone has; the others
+    never.
+
     T^2 keeps gradients of one size as T varies (Hinton et al. 2015, arXiv:1503.02531, section 2).
     Where the vocabularies differ, D compares their common prefix, both renormalised over it; CE
     sees all of the student's.
@@ -46,8 +50,10 @@ def kd_loss_rows(
         CE and KD, each [N], float32 (float64 for float64 logits), 0 where the label is ignored.
     """
     compute = torch.promote_types(student_logits.dtype, torch.float32)
-    z = student_logits.to(compute)  # [N, Vs]
-    t = teacher_logits.detach().to(compute)  # [N, Vt]
+    ignored = (labels == ignore_index)[:, None]
+    # whatever ignored rows hold, their gradient is 0
+    z = student_logits.to(compute).masked_fill(ignored, 0.0)  # [N, Vs]
+    t = teacher_logits.detach().to(compute).masked_fill(ignored, 0.0)  # [N, Vt]
     if softcap is not None:
         z, t = softcap * torch.tanh(z / softcap), softcap * torch.tanh(t / softcap)
     ce = F.cross_entropy(z, labels, reduction="none", ignore_index=ignore_index)  # [N]
@@ -76,7 +82,9 @@ def divergence_rows(
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row, 0 log 0 = 0."""
     p = log_p.exp()
-    return torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q)).sum(dim=-1)  # NaN stays
+    # before the product: its gradient would be 0 times an infinity; NaN stays
+    ratio = torch.where(p == 0, torch.zeros_like(p), log_p - log_q)
+    return (p * ratio).sum(dim=-1)
 
 
 def _log_mix(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
