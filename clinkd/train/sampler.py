@@ -1,8 +1,10 @@
-"""The order of training records: a pure function of seed, epoch and lengths."""
+"""Which records come when: a pure function of seed, epoch and lengths; and their numbers."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 
@@ -45,3 +47,19 @@ class BucketSampler(Sampler[int]):
             yield from groups[index]
         for group in last:
             yield from group
+
+
+class Numbered(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Some records of a data set, each item with its place there, by which errors name it."""
+
+    def __init__(self, dataset: Any, places: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        place = self.places[index]
+        item: dict[str, Tensor] = self.dataset[place]
+        return item | {"places": torch.tensor([place])}

@@ -27,7 +27,7 @@ from clinkd.train.job import Job
 from clinkd.train.loss import answer_forward
 from clinkd.train.manifest import latest_whole, require_same_run
 from clinkd.train.parallel import any_rank, deepspeed_config, from_first, is_first, world_size
-from clinkd.train.sampler import BucketSampler
+from clinkd.train.sampler import BucketSampler, Numbered
 from clinkd.train.teachers import CachedRows, CachedTeacher, LiveTeacher, Teacher
 from clinkd.train.watch import Watch
 
@@ -180,22 +180,6 @@ def _arguments(
         data_seed=job.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-
-
-class Numbered(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Some records of a data set, each item with its place there, by which errors name it."""
-
-    def __init__(self, dataset: Any, places: Sequence[int]) -> None:
-        self.dataset = dataset
-        self.places = places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        place = self.places[index]
-        item: dict[str, Tensor] = self.dataset[place]
-        return item | {"places": torch.tensor([place])}
 
 
 class AnswerTrainer(CheckpointTrainer):
