@@ -149,7 +149,7 @@ def keys_kernel(
         Sk_again = Sk
         Sq_again = Sq
         start_again = start
-        if PACKED and G > PARTS:  # read again: kept over the heads, they take registers that the loops need
+        if PACKED and G > PARTS:  # read again: kept over the heads, they take the loops' registers
             _, _, _, Sk_again, start_again, Sq_again = find_tile(
                 key_starts_ptr, starts_ptr, tl.program_id(1), Sk_all, Sq_all, sequences,
                 BLOCK_N, PACKED, SEQUENCES, True,
