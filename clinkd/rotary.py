@@ -143,7 +143,11 @@ class RotarySpec:
         base: float = 1e6,
         interleaved: bool = False,
     ) -> "RotarySpec":
-        """M-RoPE of Qwen2-VL and Qwen2.5-VL; Qwen3-VL's with `interleaved`. Axes t, h, w."""
+        """M-RoPE of Qwen2-VL and Qwen2.5-VL; Qwen3-VL's with `interleaved`. Axes t, h, w.
+
+        Interleaved, h and w have every third pair at most, the rest of their sections goes to t:
+        so does transformers, and a checkpoint has learnt it.
+        """
         _check_head_dim(head_dim)
         if len(sections) != 3 or min(sections) < 0 or sum(sections) != head_dim // 2:
             raise ValueError(
@@ -155,11 +159,6 @@ class RotarySpec:
             for a in (1, 2):
                 stop = min(3 * sections[a], head_dim // 2)
                 axis[a:stop:3] = [a] * len(range(a, stop, 3))
-            if [axis.count(a) for a in range(3)] != list(sections):
-                raise ValueError(
-                    f"sections {tuple(sections)} cannot be interleaved: axis 1 or 2 has no place "
-                    "for so many pairs among every third one; give axis 0 more"
-                )
         else:
             axis = [a for a in range(3) for _ in range(sections[a])]
         return cls(head_dim, tuple(axis), _ladder(head_dim, base), head_dim // 2)

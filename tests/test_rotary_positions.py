@@ -313,7 +313,6 @@ def test_specs_are_values():
         (lambda: RotarySpec.rope(32, base=0.0), "base must be a finite number above 0"),
         (lambda: RotarySpec.rope(32, base=float("inf")), "base must be a finite number above 0"),
         (lambda: RotarySpec.mrope(32, (20, -2, -2)), "sections must be three numbers, none below"),
-        (lambda: RotarySpec.mrope(32, (0, 16, 0), interleaved=True), "cannot be interleaved"),
         (lambda: RotarySpec.mrope(32), "sections must be three numbers"),
         (lambda: RotarySpec.axial(30), "head_dim must be a multiple of 4"),
         (lambda: RotarySpec(16, (0,), (1.0, 2.0), 1), "inv_freq must have one speed a pair"),

@@ -38,7 +38,8 @@ def rotary(
         inplace: write into x and return it; x must not need a gradient.
         impl: "auto", "reference", "cpu" or "cuda".
 
-    A position that is not finite gives NaN; with CLINKD_CHECK=1 in the environment it is an error.
+    A position that is not finite is an error on the CPU; on a GPU it gives NaN, and is an error
+    with CLINKD_CHECK=1 in the environment.
 
     Returns:
         x's shape and dtype.
@@ -110,7 +111,12 @@ def check_positions(
         )
     if positions.device != device:
         raise ValueError(f"{name} must be on {device}, got {positions.device}")
-    if checking() and not torch.compiler.is_compiling():
+    # a graph has no numbers, nor has a fake tensor; a GPU's host would have to wait for them
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    here = device.type == "cpu" and type(positions) is Tensor and not tracing
+    if (here or checking()) and not torch.compiler.is_compiling():
+        if math.isfinite(positions.sum().item()):
+            return
         for place in (~positions.isfinite()).nonzero()[:1].tolist():
             value = positions[tuple(place)].item()
             raise ValueError(f"{name} must be finite, got {value} at {place}")

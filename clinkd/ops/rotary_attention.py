@@ -49,7 +49,8 @@ def rotary_attention(
         return_lse: also return the log-sum-exp, float32 [B, Hq, Sq] or [Hq, N], without gradient.
         impl: "auto", "reference", "cpu" or "triton".
 
-    A position that is not finite gives NaN; with CLINKD_CHECK=1 in the environment it is an error.
+    A position that is not finite is an error on the CPU; on a GPU it gives NaN, and is an error
+    with CLINKD_CHECK=1 in the environment.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.

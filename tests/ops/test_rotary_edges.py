@@ -31,7 +31,6 @@ def test_checking_names_a_position_that_is_not_finite(value, monkeypatch):
     positions = torch.zeros(2, 1, 20)
     positions[1, 0, 7] = value
     x = torch.randn(1, 20, 2, 32)
-    rotary(x, positions, SPEC)
     monkeypatch.setenv("CLINKD_CHECK", "1")
     with pytest.raises(ValueError, match=rf"positions must be finite, got {value} at \[1, 0, 7\]"):
         rotary(x, positions, SPEC)
