@@ -57,9 +57,16 @@ class RowChunks(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         compute = torch.promote_types(hidden.dtype, torch.float32)
         inputs = (hidden, weight, bias)
+        chunks = -(-len(hidden) // chunk_rows)
+        # wide where several products are added up; one product is rounded once as it is
+        widths = (
+            hidden.dtype if group is None else compute,
+            weight.dtype if chunks == 1 else compute,
+            compute,
+        )
         grads = [
-            torch.empty_like(tensor, dtype=compute) if need and tensor is not None else None
-            for tensor, need in zip(inputs, needs, strict=True)
+            torch.empty_like(tensor, dtype=dtype) if need and tensor is not None else None
+            for tensor, need, dtype in zip(inputs, needs, widths, strict=True)
         ]
         unwritten = 0 if len(hidden) == 0 else len(weight[:vocab_size])
         for grad in grads[1:]:
@@ -69,18 +76,19 @@ class RowChunks(torch.autograd.Function):
         of_hidden = grads[0]
         of_weight, of_bias = (None if g is None else g[:vocab_size] for g in grads[1:])
         parts = hidden.new_zeros(2, dtype=compute)
-        chunks = -(-len(hidden) // chunk_rows)
         size = -(-len(hidden) // chunks) if chunks else 1  # all alike
+        narrow = weight
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             found, grad = score(rows, F.linear(hidden[rows], weight, bias), any(needs))
             parts += found
             if grad is None:
                 continue
+            narrow = narrow.to(grad.dtype)  # autocast: logits have fewer bits than the head
             if of_hidden is not None:
-                _add_product(of_hidden[rows], grad, weight, first=True)
+                _add_product(of_hidden[rows], grad, narrow, first=True)
             if of_weight is not None:
-                _add_product(of_weight, grad.T, hidden[rows], first=start == 0)
+                _add_product(of_weight, grad.T, hidden[rows].to(grad.dtype), first=start == 0)
             if of_bias is not None:
                 columns = grad.sum(dim=0, dtype=compute)
                 of_bias.copy_(columns) if start == 0 else of_bias.add_(columns)

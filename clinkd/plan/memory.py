@@ -217,10 +217,11 @@ def loss_workspace(
     """Logits of a chunk of rows (without a teacher: of all answer tokens), the head's gradient."""
     rows = records.answer * settings.batch_size
     V = int(size.config.text_config.vocab_size)
-    head = 0 if size.adapters else size.head * 4
+    head = 0 if size.adapters else size.head
     if not isinstance(settings, DistillConfig) or settings.pseudo_labels == "hard":
         return rows * V * (kind.linear + 3 * 4)
     other = int(teacher.config.text_config.vocab_size) if teacher else V
     both = (V + other) * kind.linear
     chunk = min(rows, auto_rows(both, cuda))
-    return chunk * both + head  # a second copy of the gradient is scaled in the backward pass
+    # the gradient of several chunks is added up in float32
+    return int(chunk * both + head * (4 if chunk < rows else kind.weight))

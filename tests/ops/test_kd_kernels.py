@@ -239,3 +239,31 @@ def test_check_names_the_row_that_the_caller_gave(workspace, monkeypatch):
     hidden[7, 3] = torch.nan
     with pytest.raises(ValueError, match=r"logits.* must have no NaN.*: row 7 breaks it"):
         linear_kd_loss(*arguments, workspace=workspace)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_hidden_states_in_16_bits(dtype, chunks, autocast):
+    """Heads as wide as autocast leaves them, or 16 bits themselves; one chunk, and several."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((40, 64), (500, 64), (40, 48), (500, 48))
+    exact = [torch.randn(*shape, generator=g).mul(0.5).to(DEVICE, dtype) for shape in shapes]
+    labels = torch.randint(0, 500, (40,), generator=g).to(DEVICE)
+    bits = 2 if autocast or dtype != torch.float32 else 4
+    results = []
+    for tensors, options in (
+        ([t.double() for t in exact], {"impl": "reference"}),
+        (exact, {"impl": DEVICE, "workspace": 2 * 500 * bits * 40 // chunks}),
+    ):
+        hidden, weight, teacher, head = tensors
+        leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+            loss = linear_kd_loss(
+                leaves[0], leaves[1], teacher, head, labels, temperature=2.0, **options
+            ).loss
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    allowed = 1e-5 if bits == 4 else 2e-2
+    for found, expected, like in zip(results[1], results[0], (None, *exact[:2]), strict=True):
+        assert like is None or found.dtype == like.dtype
+        assert (found - expected).norm() <= allowed * expected.norm()
