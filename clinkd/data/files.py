@@ -80,6 +80,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Put all that lies in a folder on the disk: the files first, then the folders' entries."""
+    paths = list(folder.rglob("*"))
+    for path in paths:
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    for path in (*(path for path in paths if path.is_dir()), folder):
+        sync_folder(path)
+
+
 def copy_file(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Copy a file atomically."""
     with open(source, "rb") as original, atomic_write(path, "wb") as file:

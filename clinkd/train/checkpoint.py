@@ -14,7 +14,7 @@ from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from clinkd.data.files import sync_folder
+from clinkd.data.files import sync_folder, sync_tree
 from clinkd.errors import SetupError
 from clinkd.train.adapter import trained_state
 from clinkd.train.manifest import publish, seal
@@ -41,7 +41,7 @@ def save_model(
         readable = (staging / "config.json").stat().st_mode
         for path in files:
             path.chmod(readable)  # safetensors gives its files to nobody else
-        _sync_files(staging)
+        sync_tree(staging)
         for path in files:
             os.replace(path, folder / path.name)
         sync_folder(folder)
@@ -168,13 +168,6 @@ class CheckpointTrainer(Trainer):
 
 def _reason(error: Exception) -> object:
     return error.strerror if isinstance(error, OSError) else error
-
-
-def _sync_files(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
 
 
 def _prune(root: Path, keep: int | None, best: str | None) -> None:

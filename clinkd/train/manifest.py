@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from clinkd.data.files import sha256_file, sync_folder, write_text
+from clinkd.data.files import sha256_file, sync_folder, sync_tree, write_text
 from clinkd.errors import SetupError
 
 MANIFEST = "manifest.json"
@@ -18,16 +18,15 @@ def seal(folder: Path, made_by: dict[str, Any]) -> None:
     Args:
         made_by: what a resumption must be alike in.
     """
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            name = path.relative_to(folder).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
+    sync_tree(folder)
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     write_text(folder / MANIFEST, json.dumps({"made_by": made_by, "files": files}, indent=1))
 
 
