@@ -15,8 +15,10 @@ from clinkd.kernels.rotary_tiles import (
     count_tiles,
     find_tile,
     forward_blocks,
+    is_wide,
     load_piece,
-    turned,
+    tile_rows,
+    turned_and_rounded,
     walk,
 )
 from torch import Tensor
@@ -51,8 +53,8 @@ def _step(
     j = column + tl.arange(0, BLOCK_N)
     is_key = j < Sk
     d0 = tl.arange(0, D0)
-    k_rows = k_base + j.to(tl.int64) * k_stride_s
-    v_rows = v_base + j.to(tl.int64) * v_stride_s
+    k_rows = tile_rows(k_base, column, k_stride_s, BLOCK_N)
+    v_rows = tile_rows(v_base, column, v_stride_s, BLOCK_N)
     k0 = load_piece(k_rows, is_key, d0, D, UPCAST, not MASKED, True)
     scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     if D1 > 0:
@@ -129,6 +131,7 @@ def _forward_kernel(
     PACKED: tl.constexpr,
     SEQUENCES: tl.constexpr,
     KEEP: tl.constexpr,
+    WIDE: tl.constexpr,  # rows of keys are counted in 64 bits
     ROTATE: tl.constexpr,  # False: q comes in turned; to count what rotation costs
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -151,27 +154,27 @@ def _forward_kernel(
     out_at = b * out_stride_b + at * out_stride_s + h * out_stride_h
     position_rows = positions_ptr + b * position_stride_b + at * position_stride_s
 
+    # rounded as the stored copy is, so that backward sees the very scores of forward
     if ROTATE:
-        q0 = turned(
-            q_rows, is_row, d0, position_rows, position_stride_a, axis_ptr, hi_ptr, lo_ptr,
-            D, R, PAIR_STRIDE, 1,
+        q0 = turned_and_rounded(
+            q_rows, is_row, d0, position_rows, position_stride_a, axis_ptr, hi_ptr, lo_ptr, factor,
+            D, R, PAIR_STRIDE, D0,
         )  # fmt: skip
     else:
         q0 = load_piece(q_rows, is_row, d0, D, False, False, True).to(tl.float32)
-    # rounded as the stored copy is, so that backward sees the very scores of forward
-    q0 = (q0 * factor).to(q_ptr.dtype.element_ty)
+        q0 = (q0 * factor).to(q_ptr.dtype.element_ty)
     if KEEP:
         tl.store(q_turned_ptr + out_at[:, None] + d0[None, :], q0, mask=is_row[:, None])
     q1 = q0
     if D1 > 0:
         if ROTATE:
-            q1 = turned(
+            q1 = turned_and_rounded(
                 q_rows, is_row, d1, position_rows, position_stride_a, axis_ptr, hi_ptr, lo_ptr,
-                D, R, PAIR_STRIDE, 1,
+                factor, D, R, PAIR_STRIDE, D1,
             )  # fmt: skip
         else:
             q1 = load_piece(q_rows, is_row, d1, D, False, False, False).to(tl.float32)
-        q1 = (q1 * factor).to(q_ptr.dtype.element_ty)
+            q1 = (q1 * factor).to(q_ptr.dtype.element_ty)
         if KEEP:
             inside = is_row[:, None] & (d1 < D)[None, :]
             tl.store(q_turned_ptr + out_at[:, None] + d1[None, :], q1, mask=inside)
@@ -185,6 +188,9 @@ def _forward_kernel(
     acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     k_base = k_ptr + b * k_stride_b + key_start.to(tl.int64) * k_stride_s + h // G * k_stride_h
     v_base = v_ptr + b * v_stride_b + key_start.to(tl.int64) * v_stride_s + h // G * v_stride_h
+    if WIDE:
+        k_stride_s = tl.cast(k_stride_s, tl.int64)
+        v_stride_s = tl.cast(v_stride_s, tl.int64)
     offset = Sk - Sq
     seen_to = i + offset
     last = Sk
@@ -284,6 +290,7 @@ def launch_forward(
         PACKED=packed,
         SEQUENCES=triton.next_power_of_2(max(1, sequences)) if packed else 1,
         KEEP=keep,
+        WIDE=is_wide(k, v),
         ROTATE=True,
         num_warps=blocks.warps,
         num_stages=blocks.stages,

@@ -17,10 +17,12 @@ from clinkd.kernels.rotary_tiles import (
     constants,
     count_tiles,
     find_tile,
+    is_wide,
     keys_blocks,
     load_piece,
     queries_blocks,
     softmax_weights,
+    tile_rows,
     turn_back,
     walk,
 )
@@ -42,8 +44,8 @@ def _queries_step(
     j = column + tl.arange(0, BLOCK_N)
     is_key = j < Sk
     d0 = tl.arange(0, D0)
-    k_rows = k_base + j.to(tl.int64) * k_stride_s
-    v_rows = v_base + j.to(tl.int64) * v_stride_s
+    k_rows = tile_rows(k_base, column, k_stride_s, BLOCK_N)
+    v_rows = tile_rows(v_base, column, v_stride_s, BLOCK_N)
     k0 = load_piece(k_rows, is_key, d0, D, UPCAST, not MASKED, True)
     v0 = load_piece(v_rows, is_key, d0, D, UPCAST, not MASKED, True)
     k1 = k0
@@ -74,6 +76,7 @@ def _queries_kernel(
     grad_ptr,
     lse_ptr,
     delta_ptr,  # out: sum of output times gradient over each row's components
+    level_ptr,  # out: lse in powers of two, inf for rows that see no key
     dq_ptr,
     positions_ptr,  # of the queries
     axis_ptr,
@@ -111,11 +114,12 @@ def _queries_kernel(
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     SEQUENCES: tl.constexpr,
+    WIDE: tl.constexpr,  # rows of keys are counted in 64 bits
     ROTATE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Gradient of a tile of queries over all keys that they see, and the rows' delta."""
+    """Gradient of a tile of queries over all keys that they see, and the rows' delta and level."""
     b, row, start, Sq, key_start, Sk = find_tile(
         starts_ptr, key_starts_ptr, tl.num_programs(1) - 1 - tl.program_id(1), Sq_all, Sk_all,
         sequences, BLOCK_M, PACKED, SEQUENCES,
@@ -145,10 +149,14 @@ def _queries_kernel(
         out1 = load_piece(out_ptr + here, is_row, d1, D, UPCAST, False, False)
         delta += tl.sum(out1.to(tl.float32) * grad1.to(tl.float32), 1)
     tl.store(delta_ptr + side, delta, mask=is_row)
+    tl.store(level_ptr + side, lse, mask=is_row)
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     k_base = k_ptr + b * k_stride_b + key_start.to(tl.int64) * k_stride_s + h // G * k_stride_h
     v_base = v_ptr + b * v_stride_b + key_start.to(tl.int64) * v_stride_s + h // G * v_stride_h
+    if WIDE:
+        k_stride_s = tl.cast(k_stride_s, tl.int64)
+        v_stride_s = tl.cast(v_stride_s, tl.int64)
     offset = Sk - Sq
     last = Sk
     if CAUSAL:
@@ -212,7 +220,7 @@ def launch_backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad = grad.contiguous()
     D, Hq, Hkv = out.shape[-1], out.shape[-2], k.shape[-2]
-    delta = torch.empty_like(lse)
+    delta, level = torch.empty_like(lse), torch.empty_like(lse)
     sequences = len(starts) - 1 if starts is not None else out.shape[0]
     rows, keys = out.shape[-3], k.shape[-3]
     sides = (0, lse.stride(0)) if packed else lse.stride()[:2]
@@ -232,11 +240,11 @@ def launch_backward(
     sizes = (rows, keys, sequences, scale)
     arch = capability(out.device)
     blocks = queries_blocks(D, out.element_size(), arch)
-    # first, since it writes delta
+    # first, since it writes delta and level
     _queries_kernel[(Hq, count_tiles(rows, blocks.rows, sequences, packed))](
-        q_turned, k, v, out, grad, lse, delta, dq, positions, *tables, starts, key_starts,
+        q_turned, k, v, out, grad, lse, delta, level, dq, positions, *tables, starts, key_starts,
         *walk(out), *walk(k), *walk(v), *sides, *places(positions), *sizes,
-        BLOCK_M=blocks.rows, BLOCK_N=blocks.columns,
+        BLOCK_M=blocks.rows, BLOCK_N=blocks.columns, WIDE=is_wide(k, v),
         num_warps=blocks.warps, num_stages=blocks.stages, **shared,
     )  # fmt: skip
     blocks = keys_blocks(D, out.element_size(), arch)
@@ -254,9 +262,9 @@ def launch_backward(
         )
     )
     keys_kernel[(Hkv * parts, tiles)](
-        q_turned, k, v, grad, lse, delta, *sums, key_positions, *tables, starts, key_starts,
+        q_turned, k, v, grad, level, delta, *sums, key_positions, *tables, starts, key_starts,
         *walk(out), *walk(k), *walk(v), *walk(dk), dk.numel(), *sides, *places(key_positions),
-        *sizes, BLOCK_M=blocks.columns, BLOCK_N=blocks.rows, PARTS=parts,
+        *sizes, BLOCK_M=blocks.columns, BLOCK_N=blocks.rows, PARTS=parts, WIDE=is_wide(out),
         num_warps=blocks.warps, num_stages=blocks.stages, **shared,
     )  # fmt: skip
     if parts > 1:

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from clinkd.kernels.common import LN_2, LOG2_E
+from clinkd.kernels.common import LN_2
 from clinkd.kernels.rotary_tiles import (
     find_tile,
     load_piece,
@@ -23,19 +23,20 @@ def _keys_step(
     i = row + tl.arange(0, BLOCK_M)
     is_row = i < Sq
     d0 = tl.arange(0, D0)
-    q_rows = q_base + i.to(tl.int64) * row_stride_s
-    grad_rows = grad_base + i.to(tl.int64) * row_stride_s
+    # rows beyond the last have weight 0: reading the last in their place needs no mask
+    at = tl.minimum(i, Sq - 1) * row_stride_s
+    q_rows = q_base + at
+    grad_rows = grad_base + at
     lse = tl.load(lse_base + i, mask=is_row, other=float("inf"))
-    lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)  # rows that see no key
     delta = tl.load(delta_base + i, mask=is_row, other=0.0)
-    q0 = load_piece(q_rows, is_row, d0, D, UPCAST, False, True)
-    grad0 = load_piece(grad_rows, is_row, d0, D, UPCAST, False, True)
+    q0 = load_piece(q_rows, is_row, d0, D, UPCAST, True, True)
+    grad0 = load_piece(grad_rows, is_row, d0, D, UPCAST, True, True)
     q1 = q0
     grad1 = grad0
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
-        q1 = load_piece(q_rows, is_row, d1, D, UPCAST, False, D0 + D1 == D)
-        grad1 = load_piece(grad_rows, is_row, d1, D, UPCAST, False, D0 + D1 == D)
+        q1 = load_piece(q_rows, is_row, d1, D, UPCAST, True, D0 + D1 == D)
+        grad1 = load_piece(grad_rows, is_row, d1, D, UPCAST, True, D0 + D1 == D)
     # transposed, keys by queries: the tile's own keys and values stay the left side of each product
     scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
     if D1 > 0:
@@ -65,8 +66,8 @@ def keys_kernel(
     k_ptr,  # turned
     v_ptr,
     grad_ptr,  # of the output
-    lse_ptr,
-    delta_ptr,  # [B, Sq, Hq] or [N, Hq]
+    lse_ptr,  # in powers of two, inf for rows that see no key
+    delta_ptr,
     dk_ptr,  # [B, Sk, Hkv, D] or [N, Hkv, D]; [PARTS, ...] float32 where there are several parts
     dv_ptr,
     positions_ptr,  # of the keys
@@ -110,6 +111,7 @@ def keys_kernel(
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     SEQUENCES: tl.constexpr,
+    WIDE: tl.constexpr,  # rows of queries are counted in 64 bits
     ROTATE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -167,18 +169,19 @@ def keys_kernel(
         else:
             whole = 0
         head = h * G + part * (G // PARTS) + g
+        stride_s = tl.cast(row_stride_s, tl.int64) if WIDE else row_stride_s
         here = b * row_stride_b + start_again.to(tl.int64) * row_stride_s + head * row_stride_h
         side = b * lse_stride_b + head * lse_stride_h + start_again
         for row in range(first, whole, BLOCK_M):
             dk0, dk1, dv0, dv1 = _keys_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr + here, grad_ptr + here,
-                lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq_again, offset, j,
+                lse_ptr + side, delta_ptr + side, stride_s, row, Sq_again, offset, j,
                 D, D0, D1, BLOCK_M, CAUSAL, WINDOW, True, PRECISION, UPCAST,
             )  # fmt: skip
         for row in range(whole, last, BLOCK_M):
             dk0, dk1, dv0, dv1 = _keys_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_ptr + here, grad_ptr + here,
-                lse_ptr + side, delta_ptr + side, row_stride_s, row, Sq_again, offset, j,
+                lse_ptr + side, delta_ptr + side, stride_s, row, Sq_again, offset, j,
                 D, D0, D1, BLOCK_M, CAUSAL, WINDOW, False, PRECISION, UPCAST,
             )  # fmt: skip
     if PACKED and G > PARTS:  # likewise

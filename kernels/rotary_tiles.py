@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from clinkd.kernels.common import INTERPRETED
+from clinkd.kernels.common import INTERPRETED, capability
 from torch import Tensor
 
 
@@ -75,6 +75,44 @@ def turned(
 
 
 @triton.jit
+def turned_and_rounded(
+    x_ptrs,
+    is_row,
+    d,  # [W]
+    position_ptrs,
+    position_stride_a,
+    axis_ptr,
+    hi_ptr,
+    lo_ptr,
+    factor,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    PAIR_STRIDE: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Components d of rows, turned, times factor, in the type of memory: [M, W].
+
+    A whole head is turned half by half, for which a thread needs fewer registers.
+    """
+    HALVES: tl.constexpr = W == D and W >= 64
+    N: tl.constexpr = W // 2 if HALVES else W
+    element = x_ptrs.dtype.element_ty
+    x = turned(
+        x_ptrs, is_row, d if not HALVES else tl.arange(0, N), position_ptrs, position_stride_a,
+        axis_ptr, hi_ptr, lo_ptr, D, R, PAIR_STRIDE, 1,
+    )  # fmt: skip
+    x = (x * factor).to(element)
+    if HALVES:
+        y = turned(
+            x_ptrs, is_row, N + tl.arange(0, N), position_ptrs, position_stride_a, axis_ptr,
+            hi_ptr, lo_ptr, D, R, PAIR_STRIDE, 1,
+        )  # fmt: skip
+        y = (y * factor).to(element)
+        x = tl.reshape(tl.permute(tl.join(x, y), (0, 2, 1)), (x.shape[0], W))
+    return x
+
+
+@triton.jit
 def find_tile(
     starts_ptr,  # [n + 1] int32, or nothing where rows are not packed
     other_starts_ptr,  # the same of the other side (keys for queries)
@@ -116,6 +154,15 @@ def find_tile(
         length = S
         other_length = other_S
     return sequence, row, start, length, other_start, other_length
+
+
+@triton.jit
+def tile_rows(base, first, stride, BLOCK: tl.constexpr):
+    """Where rows first … first + BLOCK - 1 begin, [BLOCK], counted in the stride's type.
+
+    In 64 bits every row's product takes five instructions of a loop, in 32 one.
+    """
+    return base + (first + tl.arange(0, BLOCK)) * stride
 
 
 @triton.jit
@@ -171,15 +218,18 @@ def turn_back(
     D1: tl.constexpr,
 ):
     """Turn rows by minus their angles. Barriers part the program's writes, reads and writes."""
-    d0 = tl.arange(0, D0)
-    d1 = D0 + tl.arange(0, D1 if D1 > 0 else 1)
+    HALVES: tl.constexpr = D0 == D and D0 >= 64
+    W0: tl.constexpr = D0 // 2 if HALVES else D0
+    W1: tl.constexpr = D0 // 2 if HALVES else D1
+    d0 = tl.arange(0, W0)
+    d1 = W0 + tl.arange(0, W1 if W1 > 0 else 1)
     tl.debug_barrier()
     x0 = turned(
         x_ptrs, is_row, d0, position_ptrs, position_stride_a, axis_ptr, hi_ptr, lo_ptr,
         D, R, PAIR_STRIDE, -1,
     )  # fmt: skip
     x1 = x0
-    if D1 > 0:
+    if W1 > 0:
         x1 = turned(
             x_ptrs, is_row, d1, position_ptrs, position_stride_a, axis_ptr, hi_ptr, lo_ptr,
             D, R, PAIR_STRIDE, -1,
@@ -187,7 +237,7 @@ def turn_back(
     tl.debug_barrier()
     element = x_ptrs.dtype.element_ty
     tl.store(x_ptrs[:, None] + d0[None, :], x0.to(element), mask=is_row[:, None])
-    if D1 > 0:
+    if W1 > 0:
         inside = is_row[:, None] & (d1 < D)[None, :]
         tl.store(x_ptrs[:, None] + d1[None, :], x1.to(element), mask=inside)
 
@@ -201,16 +251,18 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def pieces(head_dim: int) -> tuple[int, int]:
+def pieces(head_dim: int, element_size: int, arch: int) -> tuple[int, int]:
     """D0 and D1: powers of two of at least 16, together at least head_dim.
 
-    A power of two from 64 on is two halves: turning half a tile at a time takes fewer registers.
+    A power of two is one piece where products read whole tiles from shared memory; elsewhere, from
+    64 on, two halves, which take fewer registers.
     """
     first = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - first
-    if rest == 0:
-        return (first // 2, first // 2) if first >= 64 else (first, 0)
-    return first, max(16, 1 << (rest - 1).bit_length())
+    if rest:
+        return first, max(16, 1 << (rest - 1).bit_length())
+    whole = arch == 0 or (arch == 90 and element_size == 2)
+    return (first, 0) if whole or first < 64 else (first // 2, first // 2)
 
 
 def forward_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
@@ -273,6 +325,11 @@ def walk(x: Tensor) -> tuple[int, int, int]:
     return (0, first, second) if x.dim() == 3 else (first, second, rest[0])
 
 
+def is_wide(*rows: Tensor) -> bool:
+    """Whether a row [..., S, H, D] begins too far from its sequence's first for 32 bits."""
+    return any(x.shape[-3] * x.stride(-3) >= 1 << 31 for x in rows)
+
+
 def count_tiles(rows: int, block: int, sequences: int, packed: bool) -> int:
     """Programs that cover all rows: packed ones may leave some without work, which saves a wait."""
     tiles = -(-rows // block)
@@ -282,7 +339,7 @@ def count_tiles(rows: int, block: int, sequences: int, packed: bool) -> int:
 def constants(x: Tensor, spec: Any) -> dict[str, Any]:
     """Compile-time values of a head that every kernel takes."""
     D = x.shape[-1]
-    D0, D1 = pieces(D)
+    D0, D1 = pieces(D, x.element_size(), capability(x.device))
     return {
         "D": D,
         "R": spec.pairs,

@@ -102,7 +102,7 @@ def _attention_cases(
         ("keys", keys.keys_kernel, tiles.keys_blocks(head_dim, size, arch), False),
         ("queries", backward._queries_kernel, tiles.queries_blocks(head_dim, size, arch), True),
     ):
-        first, second = tiles.pieces(head_dim)
+        first, second = tiles.pieces(head_dim, size, arch)
         constants = {
             "G": 6,
             "D": head_dim,
@@ -117,6 +117,7 @@ def _attention_cases(
             "PARTS": 1,
             "ROTATE": True,
             "KEEP": True,
+            "WIDE": False,
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "UPCAST": False,
             "BLOCK_M": blocks.rows if owns_rows else blocks.columns,
@@ -124,7 +125,8 @@ def _attention_cases(
             "position_stride_s": 1,  # Triton makes a constant of a 1
             **other,
         }
-        own = dict.fromkeys(("lse_ptr", "delta_ptr", "positions_ptr", "hi_ptr", "lo_ptr"), "*fp32")
+        floats = ("lse_ptr", "delta_ptr", "level_ptr", "positions_ptr", "hi_ptr", "lo_ptr")
+        own = dict.fromkeys(floats, "*fp32")
         own |= {"axis_ptr": "*i32", "factor": "fp32", "scale": "fp32"}
         if constants["PACKED"]:
             own |= {"starts_ptr": "*i32", "key_starts_ptr": "*i32"}

@@ -72,7 +72,7 @@ def backward_bytes(q: int, k: int, lse: int) -> tuple[int, int]:
     Both read turned q, k, v, the gradient and lse; the first also o, to write delta; what a program
     has just written and turns back is in a cache.
     """
-    return (3 * q + 2 * k + 2 * lse + q, 2 * q + 2 * k + 2 * lse + 2 * k)
+    return (3 * q + 2 * k + 3 * lse + q, 2 * q + 2 * k + 2 * lse + 2 * k)
 
 
 def _attention(length: int) -> Iterator[Traffic]:
