@@ -97,7 +97,8 @@ CLINKD_INLINE void row_gradient(const KDArgs& a, int64_t row) {
     return;
   }
   const float* s = a.statistics + row * kStatistics;
-  const float ce = a.ce_factor[row], kd = a.kd_factor[row] * a.temperature;
+  const int64_t at = row * a.factor_stride;
+  const float ce = a.ce_factor[at], kd = a.kd_factor[at] * a.temperature;
   const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
   const T* teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
   const int64_t common = std::min(a.student_columns, a.teacher_columns);
@@ -132,7 +133,8 @@ CLINKD_INLINE void row_gradient_of(const KDArgs& a, int64_t row, const Exponenti
     return;
   }
   const float* s = a.statistics + row * kStatistics;
-  const float ce = a.ce_factor[row], kd = a.kd_factor[row] * a.temperature;
+  const int64_t at = row * a.factor_stride;
+  const float ce = a.ce_factor[at], kd = a.kd_factor[at] * a.temperature;
   const float scale = kLog2E / a.temperature;
   const int power = power_of(a);
   const bool past_caches = a.grad != a.student && can_stream(out, a.rows * a.grad_stride);

@@ -68,6 +68,7 @@ struct KDArgs {
   float* statistics;        // [rows, kStatistics], likewise
   const float* ce_factor;   // [rows], what the gradient pass multiplies CE's gradient by
   const float* kd_factor;   // [rows]
+  int64_t factor_stride;    // of both; 0: one number for all rows
   void* grad;               // may be `student`
   int64_t grad_stride;
 };

@@ -11,8 +11,8 @@ namespace clinkd {
 namespace {
 
 // places: student, teacher, labels, ce, kd, statistics, ce_factor, kd_factor, grad (0: not used)
-// sizes: rows, student and teacher columns, student, teacher and gradient row strides
-KDArgs arguments(const std::array<uintptr_t, 9>& places, const std::array<int64_t, 6>& sizes,
+// sizes: rows, student and teacher columns, student, teacher and gradient row strides, the factors'
+KDArgs arguments(const std::array<uintptr_t, 9>& places, const std::array<int64_t, 7>& sizes,
                  int64_t ignore_index, float temperature, float mix, float softcap, int divergence,
                  int type) {
   KDArgs a;
@@ -31,6 +31,7 @@ KDArgs arguments(const std::array<uintptr_t, 9>& places, const std::array<int64_
   a.student_stride = sizes[3];
   a.teacher_stride = sizes[4];
   a.grad_stride = sizes[5];
+  a.factor_stride = sizes[6];
   a.ignore_index = ignore_index;
   a.temperature = temperature;
   a.mix = mix;
@@ -41,7 +42,7 @@ KDArgs arguments(const std::array<uintptr_t, 9>& places, const std::array<int64_
 }
 
 template <void (*RUN)(const KDArgs&, int)>
-void on_cpu(const std::array<uintptr_t, 9>& places, const std::array<int64_t, 6>& sizes,
+void on_cpu(const std::array<uintptr_t, 9>& places, const std::array<int64_t, 7>& sizes,
             int64_t ignore_index, float temperature, float mix, float softcap, int divergence,
             int type, int threads) {
   const KDArgs a =
@@ -52,7 +53,7 @@ void on_cpu(const std::array<uintptr_t, 9>& places, const std::array<int64_t, 6>
 
 #ifdef CLINKD_WITH_CUDA
 template <int (*RUN)(const KDArgs&, void*)>
-int on_cuda(const std::array<uintptr_t, 9>& places, const std::array<int64_t, 6>& sizes,
+int on_cuda(const std::array<uintptr_t, 9>& places, const std::array<int64_t, 7>& sizes,
             int64_t ignore_index, float temperature, float mix, float softcap, int divergence,
             int type, uintptr_t stream) {
   return RUN(arguments(places, sizes, ignore_index, temperature, mix, softcap, divergence, type),

@@ -6,8 +6,6 @@
 namespace clinkd {
 namespace {
 
-constexpr int64_t kScaleBlocks = 1024;  // several for each multiprocessor
-
 template <typename T, int KIND>
 int run(const KDArgs& a, void* stream) {
   const dim3 grid(static_cast<unsigned>(a.rows * kKDCluster));
@@ -33,13 +31,6 @@ int with_kind(const KDArgs& a, void* stream) {
   }
 }
 
-template <typename T>
-int scale(const KDArgs& a, void* stream) {
-  if (!kd_whole_packs(a, sizeof(T))) return static_cast<int>(cudaErrorInvalidValue);
-  const dim3 grid(static_cast<unsigned>(a.rows < kScaleBlocks ? a.rows : kScaleBlocks));
-  return launch(kd_scale_kernel<T, 16 / sizeof(T)>, grid, kKDThreads, stream, a);
-}
-
 }  // namespace
 
 int kd_cluster_cuda(const KDArgs& args, void* stream) {
@@ -51,18 +42,6 @@ int kd_cluster_cuda(const KDArgs& args, void* stream) {
       return with_kind<__half>(args, stream);
     default:
       return with_kind<__nv_bfloat16>(args, stream);
-  }
-}
-
-int kd_scale_cuda(const KDArgs& args, void* stream) {
-  if (args.rows == 0) return 0;
-  switch (args.type) {
-    case kFloat32:
-      return scale<float>(args, stream);
-    case kFloat16:
-      return scale<__half>(args, stream);
-    default:
-      return scale<__nv_bfloat16>(args, stream);
   }
 }
 

@@ -91,24 +91,4 @@ __global__ void __launch_bounds__(kKDThreads, KIND == kAnyLoss ? 1 : 2)
 #endif
 }
 
-// Grid: any; a block takes every gridDim.x-th row.
-template <typename T, int V>
-__global__ void __launch_bounds__(kKDThreads) kd_scale_kernel(const KDArgs a) {
-  const float factor = *a.ce_factor;
-  if (factor == 1.0f) return;
-  using P = Pack<T, V>;
-  const int64_t columns = a.student_columns, packs = columns / V;
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    T* grad = static_cast<T*>(a.grad) + row * a.grad_stride;
-    for (int64_t i = threadIdx.x; i < packs; i += kKDThreads) {
-      P values = *reinterpret_cast<P*>(grad + i * V);
-#pragma unroll
-      for (int j = 0; j < V; ++j) from_float(values.item[j], to_float(values.item[j]) * factor);
-      *reinterpret_cast<P*>(grad + i * V) = values;
-    }
-    for (int64_t i = packs * V + threadIdx.x; i < columns; i += kKDThreads)
-      from_float(grad[i], to_float(grad[i]) * factor);
-  }
-}
-
 }  // namespace clinkd

@@ -111,7 +111,8 @@ __device__ __forceinline__ void write_gradient(const KDArgs& a, int64_t row, con
                                                int64_t common, int64_t label, T* out) {
   using P = Pack<T, V>;
   const float scale = kLog2E / a.temperature;
-  const float ce = a.ce_factor[row], kd = a.kd_factor[row] * a.temperature;
+  const int64_t at = row * a.factor_stride;
+  const float ce = a.ce_factor[at], kd = a.kd_factor[at] * a.temperature;
   const float of_all = ce * s[kInverse];
   const float of_soft = kd * s[kSoftInverse], of_target = kd * s[kTargetInverse];
   const int64_t whole = common / V;  // packs of which the teacher has every column

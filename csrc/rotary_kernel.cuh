@@ -67,12 +67,13 @@ __device__ __forceinline__ void turn_part(const RotaryArgs& a, const RotaryPart<
   const int first = NEIGHBOURS ? 2 * pair : pair / n * 2 * n + pair % n;
   const int second = NEIGHBOURS ? first + V : first + n;
   using P = Pack<T, V>;
+  const int apart = second - first;
+  const T* head = x + part.begin * a.x_stride[2] + first;
+  T* turned = out + part.begin * a.out_stride[2] + first;
 #pragma unroll 4
-  for (int64_t h = part.begin; h < part.end; ++h) {
-    const T* head = x + h * a.x_stride[2];
-    T* turned = out + h * a.out_stride[2];
-    P u = *reinterpret_cast<const P*>(head + first);
-    P v = *reinterpret_cast<const P*>(head + second);
+  for (int left = static_cast<int>(part.end - part.begin); left > 0; --left) {
+    P u = *reinterpret_cast<const P*>(head);
+    P v = *reinterpret_cast<const P*>(head + apart);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       // for neighbours pair j is components 2j and 2j + 1 of the two packs laid end to end
@@ -82,8 +83,10 @@ __device__ __forceinline__ void turn_part(const RotaryArgs& a, const RotaryPart<
       from_float(p, p_in * cos[j] - q_in * sin[j]);
       from_float(q, p_in * sin[j] + q_in * cos[j]);
     }
-    *reinterpret_cast<P*>(turned + first) = u;
-    *reinterpret_cast<P*>(turned + second) = v;
+    *reinterpret_cast<P*>(turned) = u;
+    *reinterpret_cast<P*>(turned + apart) = v;
+    head += a.x_stride[2];
+    turned += a.out_stride[2];
   }
 }
 

@@ -19,7 +19,14 @@ from benchmarks.static.traffic import VOCABULARY
 
 ROOT = Path(__file__).parent.parent.parent
 NVCC_FLAGS = ("-O3", "-std=c++17", "-Icsrc")  # as setup.py; a test compares
-CUDA_SOURCES = ("rotary.cu", "rotary_append.cu", "kd_loss.cu", "kd_loss_cluster.cu", "topk_kd.cu")
+CUDA_SOURCES = (
+    "rotary.cu",
+    "rotary_append.cu",
+    "kd_loss.cu",
+    "kd_loss_cluster.cu",
+    "kd_scale.cu",
+    "topk_kd.cu",
+)
 ONE_ARCH = {"kd_loss_cluster.cu": 90}  # its kernels are empty for others
 
 

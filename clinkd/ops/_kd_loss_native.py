@@ -44,7 +44,7 @@ def gradient_in_place(
             factors=(ce_factor, kd_factor), grad=student)  # fmt: skip
 
 
-def _rows(
+def rows(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
@@ -79,7 +79,7 @@ def _divergence(
     return torch.stack([value, mean], dim=1)
 
 
-def _rows_backward(
+def rows_backward(
     ce_factor: Tensor,
     kd_factor: Tensor,
     student: Tensor,
@@ -112,7 +112,10 @@ def launch(
     if student.shape[0] == 0:
         return
     labels = labels.contiguous()
-    given = [t.to(torch.float32).contiguous() for t in factors or ()]  # kept alive
+    given = [t.to(torch.float32) for t in factors or ()]
+    shared = all(t.dim() == 0 or t.stride(0) == 0 for t in given)  # one number for all rows
+    if not shared:
+        given = [t.expand(student.shape[0]).contiguous() for t in given]  # kept alive
     ce, kd = (0, 0) if sums is None else (t.data_ptr() for t in sums)
     first, second = (t.data_ptr() for t in given) if given else (0, 0)
     between = 0 if statistics is None else statistics.data_ptr()
@@ -121,6 +124,7 @@ def launch(
     places = (*inputs, ce, kd, between, first, second, out)
     sizes = (student.shape[0], student.shape[1], teacher.shape[1])
     strides = (student.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0))
+    strides += (0 if shared else 1,)
     temperature, divergence, mix, ignore_index, softcap = numbers
     options = (ignore_index, temperature, mix, softcap, divergence)
     run_native(f"kd_{part}", impl, student, places, sizes + strides, *options)
@@ -155,8 +159,8 @@ def _backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor, _: Tensor) -> tuple[An
 
 
 _KEY = "CompositeExplicitAutograd"
-torch.library.impl("clinkd::kd_rows", _KEY, _rows, lib=LIBRARY)
-torch.library.impl("clinkd::kd_rows_backward", _KEY, _rows_backward, lib=LIBRARY)
+torch.library.impl("clinkd::kd_rows", _KEY, rows, lib=LIBRARY)
+torch.library.impl("clinkd::kd_rows_backward", _KEY, rows_backward, lib=LIBRARY)
 torch.library.impl("clinkd::kd_divergence", _KEY, _divergence, lib=LIBRARY)
 torch.library.register_fake("clinkd::kd_divergence", _fake_divergence, lib=LIBRARY)
 torch.library.register_fake("clinkd::kd_rows", _fake, lib=LIBRARY)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clinkd.ops._impl import graph_is_kept
+from clinkd.ops._kd_at_once import scale_in_place
 
 # of logits at a time, student's and teacher's together; by whether on a GPU, where more rows make
 # faster products
@@ -114,8 +115,7 @@ class RowChunks(torch.autograd.Function):
         for present in ctx.present:
             grad = next(saved) if present else None
             if grad is not None:
-                scale = grad_loss.to(grad.dtype)
-                grad = grad * scale if kept else grad.mul_(scale)
+                grad = grad * grad_loss.to(grad.dtype) if kept else scale_in_place(grad, grad_loss)
             grads.append(grad)
         return (*grads, *([None] * 5))
 

@@ -1,6 +1,6 @@
 """Cross-entropy and knowledge distillation over given logits."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,21 +18,11 @@ from clinkd.ops._checks import (
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
 from clinkd.ops._kd_at_once import WithGradient, rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import operator_options
+from clinkd.ops._kd_mean import KDLoss, MeanOfRows, default_num_items, mean_rows
 from clinkd.ops._vocab_parallel import VocabParallelRows, check_columns
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
 IMPLS = ("auto", "reference", "cpu", "cuda")
-
-
-class KDLoss(NamedTuple):
-    """Loss of a batch: `loss` has the gradient, `ce` and `kd` are for the log.
-
-    `loss = (ce + kd_weight * kd) / (1 + kd_weight)`; all are float32 scalars on the device.
-    """
-
-    loss: Tensor
-    ce: Tensor
-    kd: Tensor
 
 
 def kd_loss(
@@ -103,6 +93,7 @@ def kd_loss(
     if process_group is not None:
         require_kernels(impl)
         check_columns(student_logits.shape[1], teacher_logits.shape[1])
+    count = default_num_items(labels, ignore_index) if num_items is None else num_items
     if impl == "reference":
         ce, kd = kd_loss_rows(
             student_logits,
@@ -118,30 +109,30 @@ def kd_loss(
     else:
         options = operator_options(temperature, divergence, beta, skew, ignore_index, softcap, impl)
         parts = (student_logits.to(dtype), teacher_logits.detach().to(dtype), labels)
-        if process_group is None and _gradient_at_once(*parts[:2], weight, num_items, impl):
-            return _loss_with_gradient(parts, options, kd_weight, ignore_index, weight, num_items)
-        if process_group is None:
-            ce, kd, _ = torch.ops.clinkd.kd_rows(*parts, *options)
-        else:
+        if process_group is not None:
             ce, kd = VocabParallelRows.apply(*parts, process_group, options)
-    return reduce_rows(ce, kd, labels, kd_weight, ignore_index, weight, num_items)
+        elif torch.compiler.is_compiling() or _has_gradient(weight, count):
+            ce, kd, _ = torch.ops.clinkd.kd_rows(*parts, *options)
+        elif _gradient_at_once(*parts[:2], impl):
+            return _loss_with_gradient(parts, options, kd_weight, weight, count)
+        else:
+            return KDLoss(*MeanOfRows.apply(*parts, weight, count, kd_weight, options))
+    return mean_rows(ce, kd, kd_weight, weight, count)
 
 
-def _gradient_at_once(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None,
-    num_items: Tensor | int | None,
-    impl: str,
-) -> bool:
+def _has_gradient(*factors: Tensor | int | None) -> bool:
+    """Whether one of what the rows are multiplied by has a gradient."""
+    return torch.is_grad_enabled() and any(
+        isinstance(f, Tensor) and f.requires_grad for f in factors
+    )
+
+
+def _gradient_at_once(student: Tensor, teacher: Tensor, impl: str) -> bool:
     """Whether the forward pass makes the gradient too.
 
-    Not of float16: what scales its loss up must do so before the gradient is rounded. Nor where the
-    factors of the rows have a gradient.
+    Not of float16: what scales its loss up must do so before the gradient is rounded.
     """
     if student.dtype == torch.float16 or not (torch.is_grad_enabled() and student.requires_grad):
-        return False
-    if any(isinstance(f, Tensor) and f.requires_grad for f in (weight, num_items)):
         return False
     return why_not_at_once(impl, student, teacher) is None
 
@@ -150,21 +141,18 @@ def _loss_with_gradient(
     parts: tuple[Tensor, Tensor, Tensor],
     options: tuple[Any, ...],
     kd_weight: float,
-    ignore_index: int,
     weight: Tensor | None,
-    num_items: Tensor | int | None,
+    count: Tensor | int,
 ) -> KDLoss:
     """Loss and gradient of logits by `rows_with_gradient`."""
     student, teacher, labels = parts
-    if num_items is None:
-        num_items = default_num_items(labels, ignore_index)
     factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight
-    factor = factor / num_items / (1 + kd_weight)
+    factor = factor / count / (1 + kd_weight)
     ce, kd, grad = rows_with_gradient(
         factor, factor * kd_weight, student.detach(), teacher, labels, *options
     )
-    found = reduce_rows(ce, kd, labels, kd_weight, ignore_index, weight, num_items)
-    return found._replace(loss=WithGradient.apply(student, found.loss, grad, options[-1]))
+    found = mean_rows(ce, kd, kd_weight, weight, count)
+    return found._replace(loss=WithGradient.apply(student, found.loss, grad))
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -179,25 +167,3 @@ def require_kernels(impl: str) -> None:
             "process_group needs impl='cpu' or 'cuda', float32, float16 or bfloat16 logits and "
             "clinkd._C; see `clinkd doctor`"
         )
-
-
-def reduce_rows(
-    ce: Tensor,
-    kd: Tensor,
-    labels: Tensor,
-    kd_weight: float,
-    ignore_index: int,
-    weight: Tensor | None,
-    num_items: Tensor | int | None,
-) -> KDLoss:
-    """Sum over tokens, divided by `num_items`, without the host waiting."""
-    if weight is not None:
-        ce, kd = ce * weight, kd * weight
-    count = default_num_items(labels, ignore_index) if num_items is None else num_items
-    ce, kd = ce.sum() / count, kd.sum() / count
-    return KDLoss((ce + kd_weight * kd) / (1 + kd_weight), ce.detach(), kd.detach())
-
-
-def default_num_items(labels: Tensor, ignore_index: int) -> Tensor:
-    """Number of labelled tokens, at least 1, on the device."""
-    return (labels != ignore_index).sum().clamp(min=1).to(torch.float32)

@@ -21,10 +21,11 @@ from clinkd.ops._checks import (
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
 from clinkd.ops._kd_at_once import rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
+from clinkd.ops._kd_mean import KDLoss, default_num_items
 from clinkd.ops._linear_kd_triton import LinearKDTriton
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
 from clinkd.ops._vocab_parallel import check_shards, local_options, whole_rows
-from clinkd.ops.kd_loss import IMPLS, KDLoss, default_num_items, require_kernels, why_not
+from clinkd.ops.kd_loss import IMPLS, require_kernels, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
 

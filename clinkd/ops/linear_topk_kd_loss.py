@@ -19,8 +19,9 @@ from clinkd.ops._checks import (
     check_weight,
 )
 from clinkd.ops._impl import native_impl, resolve_impl
+from clinkd.ops._kd_mean import KDLoss, default_num_items
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
-from clinkd.ops.kd_loss import IMPLS, KDLoss, default_num_items, why_not
+from clinkd.ops.kd_loss import IMPLS, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 from clinkd.ops.reference.topk_kd_loss import bucket_loss_rows, topk_kd_loss_rows
 from clinkd.ops.topk_kd_loss import ascending, check_top

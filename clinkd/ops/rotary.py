@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clinkd.ops._checks import check_float, checking
 from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native
+from clinkd.ops._later import check_finite_later
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
 
@@ -38,8 +39,8 @@ def rotary(
         inplace: write into x and return it; x must not need a gradient.
         impl: "auto", "reference", "cpu" or "cuda".
 
-    A position that is not finite is an error on the CPU; on a GPU it gives NaN, and is an error
-    with CLINKD_CHECK=1 in the environment.
+    A position that is not finite is an error; on a GPU it gives NaN, and a later call raises, as no
+    host waits, unless CLINKD_CHECK=1 is in the environment.
 
     Returns:
         x's shape and dtype.
@@ -111,10 +112,13 @@ def check_positions(
         )
     if positions.device != device:
         raise ValueError(f"{name} must be on {device}, got {positions.device}")
-    # a graph has no numbers, nor has a fake tensor; a GPU's host would have to wait for them
+    # a graph has no numbers, nor has a fake tensor
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    here = device.type == "cpu" and type(positions) is Tensor and not tracing
-    if (here or checking()) and not torch.compiler.is_compiling():
+    if tracing or torch.compiler.is_compiling() or type(positions) is not Tensor:
+        return
+    if device.type == "cuda" and not checking():
+        check_finite_later(name, positions)
+    elif device.type in ("cpu", "cuda"):
         if math.isfinite(positions.sum().item()):
             return
         for place in (~positions.isfinite()).nonzero()[:1].tolist():

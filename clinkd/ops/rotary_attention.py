@@ -49,8 +49,8 @@ def rotary_attention(
         return_lse: also return the log-sum-exp, float32 [B, Hq, Sq] or [Hq, N], without gradient.
         impl: "auto", "reference", "cpu" or "triton".
 
-    A position that is not finite is an error on the CPU; on a GPU it gives NaN, and is an error
-    with CLINKD_CHECK=1 in the environment.
+    A position that is not finite is an error; on a GPU it gives NaN, and a later call raises, as no
+    host waits, unless CLINKD_CHECK=1 is in the environment.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.

@@ -40,7 +40,7 @@ class Rows:
             "softcap": options["softcap"], "divergence": DIVERGENCES.index(options["divergence"]),
             "type": TYPES[z.dtype], "ce": self.ce, "kd": self.kd, "statistics": self.statistics,
             "ce_factor": factors[0], "kd_factor": factors[1], "grad": self.grad,
-            "grad_stride": self.grad.stride(0),
+            "grad_stride": self.grad.stride(0), "factor_stride": factors.stride(1),
         }  # fmt: skip
 
     def jobs(self, schedule=SCHEDULES[0]):

@@ -15,13 +15,14 @@ PLACES = (
 )  # fmt: skip
 SIZES = (
     "rows", "student_columns", "teacher_columns", "student_stride", "teacher_stride", "grad_stride",
+    "factor_stride",
 )  # fmt: skip
 NUMBERS = ("ignore_index", "temperature", "mix", "softcap", "divergence")
 
 
 @pytest.fixture(scope="module")
 def machine(simt):
-    return simt("kd_loss_cluster.cu", "kd_loss.cu")
+    return simt("kd_loss_cluster.cu", "kd_loss.cu", "kd_scale.cu")
 
 
 @pytest.fixture
@@ -37,6 +38,8 @@ def launched(machine, monkeypatch):
     monkeypatch.setattr(native, "run_native", run_native)
     monkeypatch.setenv(_kd_at_once.SWITCH, "1")
     monkeypatch.setattr(_kd_at_once, "why_no_clusters", lambda device: None)
+    why_not = lambda *given: None if given[-1] in TYPES else "it takes no float64"  # noqa: E731
+    monkeypatch.setattr(_kd_at_once, "why_not_native", why_not)
     for op in ("kd_loss", "linear_kd_loss"):
         module = import_module(f"clinkd.ops.{op}")
         monkeypatch.setattr(module, "native_impl", lambda device: "cuda")
@@ -132,7 +135,7 @@ def test_row_chunks_from_hidden_states(launched):
         return *(x.detach() for x in found), *torch.autograd.grad(found.loss, given)
 
     found = run(torch.float32, workspace=2 * 2 * 160 * 4)
-    assert launched == ["kd_cluster"] * 3
+    assert launched == ["kd_cluster"] * 3 + ["kd_scale"] * 2
     for a, e in zip(found, run(torch.float64, impl="reference"), strict=True):
         assert (a - e).abs().max() <= 1e-5 * e.abs().max()
 

@@ -105,17 +105,6 @@ def test_what_does_not_fit_is_refused(machine):
         run(machine, z, t, labels, factors, parts=AT_ONCE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale(machine, dtype):
-    z, t, labels, _ = make(5, 600, 600, dtype)
-    for factor in (1.0, 0.3, -2.0, torch.nan):
-        rows = Rows(z.clone(), t, labels, torch.tensor([[factor], [factor]]), inplace=True,
-                    parts=("scale",))  # fmt: skip
-        machine.run(*rows.jobs()[0])
-        expected = z if factor == 1 else (z.float() * factor).to(dtype)
-        assert torch.equal(rows.grad.nan_to_num(7), expected.nan_to_num(7))
-
-
 def own_barriers(machine):
     """Those of the cluster's kernel, three of the cluster and three of a block."""
     barriers = machine.built.barriers

@@ -1,0 +1,72 @@
+"""From the rows of a distillation loss to its number, and to its gradient in one node."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clinkd.ops import _kd_loss_native as native
+
+
+class KDLoss(NamedTuple):
+    """Loss of a batch: `loss` has the gradient, `ce` and `kd` are for the log.
+
+    `loss = (ce + kd_weight * kd) / (1 + kd_weight)`; all are float32 scalars on the device.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+
+
+def default_num_items(labels: Tensor, ignore_index: int) -> Tensor:
+    """Number of labelled tokens, at least 1, on the device."""
+    return (labels != ignore_index).sum().clamp_(min=1)
+
+
+def mean_rows(
+    ce: Tensor, kd: Tensor, kd_weight: float, weight: Tensor | None, count: Tensor | int
+) -> KDLoss:
+    """Sum over tokens, divided by `count`, without the host waiting."""
+    if weight is not None:
+        ce, kd = ce * weight, kd * weight
+    ce, kd = ce.sum() / count, kd.sum() / count
+    return KDLoss(torch.add(ce, kd, alpha=kd_weight) / (1 + kd_weight), ce.detach(), kd.detach())
+
+
+class MeanOfRows(torch.autograd.Function):
+    """Loss, CE and KD of logits by the two-pass kernels.
+
+    As nodes of their own, the sums and their gradients are twenty launches, which take longer than
+    the kernels on a few hundred rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        count: Tensor | int,
+        kd_weight: float,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ce, kd, statistics = native.rows(student, teacher, labels, *options)
+        ctx.save_for_backward(student, teacher, labels, weight, statistics)
+        ctx.count, ctx.kd_weight, ctx.options = count, kd_weight, options
+        loss, ce, kd = mean_rows(ce, kd, kd_weight, weight, count)
+        ctx.mark_non_differentiable(ce, kd)
+        return loss, ce, kd
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, labels, weight, statistics = ctx.saved_tensors
+        factor = grad_loss / (ctx.count * (1 + ctx.kd_weight))
+        if weight is not None:
+            factor = factor * weight.to(torch.float32)
+        grad = native.rows_backward(
+            factor, factor * ctx.kd_weight, student, teacher, labels, statistics, *ctx.options
+        )
+        return (grad, *[None] * 6)
