@@ -1,6 +1,7 @@
 """Fused ops for training and answering with vision-language models."""
 
-from clinkd.ops.kd_loss import KDLoss, kd_loss
+from clinkd.ops._kd_mean import KDLoss
+from clinkd.ops.kd_loss import kd_loss
 from clinkd.ops.linear_kd_loss import linear_kd_loss
 from clinkd.ops.linear_topk_kd_loss import linear_topk_kd_loss
 from clinkd.ops.rotary import rotary

@@ -124,10 +124,10 @@ def launch(
     places = (*inputs, ce, kd, between, first, second, out)
     sizes = (student.shape[0], student.shape[1], teacher.shape[1])
     strides = (student.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0))
-    strides += (0 if shared else 1,)
+    steps = (*strides, 0 if shared else 1)
     temperature, divergence, mix, ignore_index, softcap = numbers
     options = (ignore_index, temperature, mix, softcap, divergence)
-    run_native(f"kd_{part}", impl, student, places, sizes + strides, *options)
+    run_native(f"kd_{part}", impl, student, places, sizes + steps, *options)
 
 
 def _fake(student: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ def check_finite_later(name: str, values: Tensor) -> None:
     Raises:
         ValueError: those of an earlier call were not finite.
     """
-    while _asked and _asked[0][0].query():
+    while _asked and _asked[0][0].query():  # type: ignore[no-untyped-call]
         _, found, of = _asked.popleft()
         if not math.isfinite(found.item()):
             _asked.clear()
@@ -36,6 +36,6 @@ def check_finite_later(name: str, values: Tensor) -> None:
     found = torch.empty((), dtype=values.dtype, pin_memory=values.is_cuda)
     with torch.no_grad(), torch.cuda.device(values.device):
         found.copy_(torch.linalg.vector_norm(values, math.inf), non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
     _asked.append((event, found, name))
