@@ -91,7 +91,7 @@ __device__ __forceinline__ void turn_part(const RotaryArgs& a, const RotaryPart<
 }
 
 template <typename T, int V, bool NEIGHBOURS>
-__global__ void __launch_bounds__(kRotaryThreads, 6) rotary_kernel(const RotaryArgs a) {
+__global__ void __launch_bounds__(kRotaryThreads, 8) rotary_kernel(const RotaryArgs a) {
   const RotaryPart<V> part(a);
   if (part.none) return;
   const T* x =

@@ -15,7 +15,7 @@ from clinkd.kernels.rotary_tiles import (
     count_tiles,
     find_tile,
     forward_blocks,
-    is_wide,
+    is_narrow,
     load_piece,
     tile_rows,
     turned_and_rounded,
@@ -131,7 +131,7 @@ def _forward_kernel(
     PACKED: tl.constexpr,
     SEQUENCES: tl.constexpr,
     KEEP: tl.constexpr,
-    WIDE: tl.constexpr,  # rows of keys are counted in 64 bits
+    NARROW: tl.constexpr,  # rows of keys are counted in 32 bits
     ROTATE: tl.constexpr,  # False: q comes in turned; to count what rotation costs
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -188,7 +188,7 @@ def _forward_kernel(
     acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     k_base = k_ptr + b * k_stride_b + key_start.to(tl.int64) * k_stride_s + h // G * k_stride_h
     v_base = v_ptr + b * v_stride_b + key_start.to(tl.int64) * v_stride_s + h // G * v_stride_h
-    if WIDE:
+    if not NARROW:
         k_stride_s = tl.cast(k_stride_s, tl.int64)
         v_stride_s = tl.cast(v_stride_s, tl.int64)
     offset = Sk - Sq
@@ -258,7 +258,8 @@ def launch_forward(
     if q.numel() == 0:
         return out, lse, q_turned
     sequences = len(starts) - 1 if starts is not None else q.shape[0]
-    blocks = forward_blocks(q.shape[-1], q.element_size(), capability(q.device))
+    arch = capability(q.device)
+    blocks = forward_blocks(q.shape[-1], q.element_size(), arch)
     rows = q.shape[-3]
     grid = (Hq, count_tiles(rows, blocks.rows, sequences, packed))
     _forward_kernel[grid](
@@ -290,10 +291,8 @@ def launch_forward(
         PACKED=packed,
         SEQUENCES=triton.next_power_of_2(max(1, sequences)) if packed else 1,
         KEEP=keep,
-        WIDE=is_wide(k, v),
+        NARROW=is_narrow(arch, k, v),
         ROTATE=True,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-        **constants(q, spec),
+        **constants(q, spec, blocks),
     )
     return out, lse, q_turned

@@ -17,7 +17,7 @@ from clinkd.kernels.rotary_tiles import (
     constants,
     count_tiles,
     find_tile,
-    is_wide,
+    is_narrow,
     keys_blocks,
     load_piece,
     queries_blocks,
@@ -114,7 +114,7 @@ def _queries_kernel(
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    WIDE: tl.constexpr,  # rows of keys are counted in 64 bits
+    NARROW: tl.constexpr,  # rows of keys are counted in 32 bits
     ROTATE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -154,7 +154,7 @@ def _queries_kernel(
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     k_base = k_ptr + b * k_stride_b + key_start.to(tl.int64) * k_stride_s + h // G * k_stride_h
     v_base = v_ptr + b * v_stride_b + key_start.to(tl.int64) * v_stride_s + h // G * v_stride_h
-    if WIDE:
+    if not NARROW:
         k_stride_s = tl.cast(k_stride_s, tl.int64)
         v_stride_s = tl.cast(v_stride_s, tl.int64)
     offset = Sk - Sq
@@ -231,7 +231,6 @@ def launch_backward(
         "PACKED": packed,
         "SEQUENCES": triton.next_power_of_2(max(1, sequences)) if packed else 1,
         "ROTATE": True,
-        **constants(out, spec),
     }
 
     def places(p: Tensor) -> tuple[int, int, int]:
@@ -244,10 +243,11 @@ def launch_backward(
     _queries_kernel[(Hq, count_tiles(rows, blocks.rows, sequences, packed))](
         q_turned, k, v, out, grad, lse, delta, level, dq, positions, *tables, starts, key_starts,
         *walk(out), *walk(k), *walk(v), *sides, *places(positions), *sizes,
-        BLOCK_M=blocks.rows, BLOCK_N=blocks.columns, WIDE=is_wide(k, v),
-        num_warps=blocks.warps, num_stages=blocks.stages, **shared,
+        BLOCK_M=blocks.rows, BLOCK_N=blocks.columns, NARROW=is_narrow(arch, k, v),
+        **shared, **constants(out, spec, blocks),
     )  # fmt: skip
     blocks = keys_blocks(D, out.element_size(), arch)
+    shared |= constants(out, spec, blocks)
     if key_positions is None:  # never read
         key_positions = positions
         shared |= {"ROTATE": False, "R": 0}
@@ -264,8 +264,8 @@ def launch_backward(
     keys_kernel[(Hkv * parts, tiles)](
         q_turned, k, v, grad, level, delta, *sums, key_positions, *tables, starts, key_starts,
         *walk(out), *walk(k), *walk(v), *walk(dk), dk.numel(), *sides, *places(key_positions),
-        *sizes, BLOCK_M=blocks.columns, BLOCK_N=blocks.rows, PARTS=parts, WIDE=is_wide(out),
-        num_warps=blocks.warps, num_stages=blocks.stages, **shared,
+        *sizes, BLOCK_M=blocks.columns, BLOCK_N=blocks.rows, PARTS=parts,
+        NARROW=is_narrow(arch, out), **shared,
     )  # fmt: skip
     if parts > 1:
         flat = dk.numel() // D

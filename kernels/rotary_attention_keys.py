@@ -111,7 +111,7 @@ def keys_kernel(
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    WIDE: tl.constexpr,  # rows of queries are counted in 64 bits
+    NARROW: tl.constexpr,  # rows of queries are counted in 32 bits
     ROTATE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -169,7 +169,7 @@ def keys_kernel(
         else:
             whole = 0
         head = h * G + part * (G // PARTS) + g
-        stride_s = tl.cast(row_stride_s, tl.int64) if WIDE else row_stride_s
+        stride_s = row_stride_s if NARROW else tl.cast(row_stride_s, tl.int64)
         here = b * row_stride_b + start_again.to(tl.int64) * row_stride_s + head * row_stride_h
         side = b * lse_stride_b + head * lse_stride_h + start_again
         for row in range(first, whole, BLOCK_M):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from clinkd.kernels.common import INTERPRETED, capability
+from clinkd.kernels.common import INTERPRETED
 from torch import Tensor
 
 
@@ -160,7 +160,7 @@ def find_tile(
 def tile_rows(base, first, stride, BLOCK: tl.constexpr):
     """Where rows first … first + BLOCK - 1 begin, [BLOCK], counted in the stride's type.
 
-    In 64 bits every row's product takes five instructions of a loop, in 32 one.
+    In 64 bits every row's product may take five instructions of a loop, in 32 one.
     """
     return base + (first + tl.arange(0, BLOCK)) * stride
 
@@ -249,31 +249,31 @@ class Blocks(NamedTuple):
     columns: int  # of the side that it walks over
     warps: int
     stages: int
+    whole: bool = False  # a head that is a power of two is one piece in every product
 
 
-def pieces(head_dim: int, element_size: int, arch: int) -> tuple[int, int]:
+def pieces(head_dim: int, whole: bool) -> tuple[int, int]:
     """D0 and D1: powers of two of at least 16, together at least head_dim.
 
-    A power of two is one piece where products read whole tiles from shared memory; elsewhere, from
-    64 on, two halves, which take fewer registers.
+    A power of two from 64 on is two halves unless `whole`: half a tile at a time takes fewer
+    registers, and products of sm_90 that read whole tiles fewer instructions.
     """
     first = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - first
     if rest:
         return first, max(16, 1 << (rest - 1).bit_length())
-    whole = arch == 0 or (arch == 90 and element_size == 2)
     return (first, 0) if whole or first < 64 else (first // 2, first // 2)
 
 
 def forward_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     """Of the forward kernel; the largest that spill no register.
 
-    On sm_90, here and below, those that were fastest on an H100.
+    On sm_90, here and below, those that were fastest on an H100 or H200.
     """
     if INTERPRETED:
-        return Blocks(32, 16, 4, 1)
+        return Blocks(32, 16, 4, 1, True)
     if arch == 90 and element_size == 2 and head_dim <= 128:
-        return Blocks(64, 64, 4, 3)
+        return Blocks(64, 64, 4, 3, head_dim <= 64)
     if element_size == 4:
         if head_dim > 128 or (arch >= 90 and 64 < head_dim < 128):
             return Blocks(32, 16, 8, 2)
@@ -288,11 +288,9 @@ def forward_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
 def keys_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     """Of the kernel that owns keys."""
     if INTERPRETED:
-        return Blocks(32, 16, 4, 1)
+        return Blocks(32, 16, 4, 1, True)
     if arch == 90 and element_size == 2 and head_dim <= 128:
-        if head_dim <= 64:
-            return Blocks(64, 64, 4, 3)
-        return Blocks(64, 32, 4, 2) if head_dim < 96 else Blocks(128, 32, 8, 3)
+        return Blocks(64, 64, 4, 3, True) if head_dim <= 64 else Blocks(128, 32, 8, 3, True)
     if element_size == 4:
         if head_dim > 128:
             return Blocks(16, 16, 8, 2)
@@ -309,9 +307,9 @@ def keys_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
 def queries_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     """Of the backward kernel that owns queries."""
     if INTERPRETED:
-        return Blocks(32, 16, 4, 1)
+        return Blocks(32, 16, 4, 1, True)
     if arch == 90 and element_size == 2 and head_dim <= 128:
-        return Blocks(64, 64, 4, 2)
+        return Blocks(64, 64, 4, 2, head_dim <= 64)
     if element_size == 4:
         return Blocks(32, 32, 8, 1) if head_dim <= 128 else Blocks(16, 16, 8, 1)
     if head_dim <= 64:
@@ -325,9 +323,14 @@ def walk(x: Tensor) -> tuple[int, int, int]:
     return (0, first, second) if x.dim() == 3 else (first, second, rest[0])
 
 
-def is_wide(*rows: Tensor) -> bool:
-    """Whether a row [..., S, H, D] begins too far from its sequence's first for 32 bits."""
-    return any(x.shape[-3] * x.stride(-3) >= 1 << 31 for x in rows)
+def is_narrow(arch: int, *rows: Tensor) -> bool:
+    """Whether a kernel counts rows [..., S, H, D] in 32 bits.
+
+    On sm_90 alone: elsewhere the compiler steps a pointer for each row, which takes less still.
+    """
+    if not INTERPRETED and (arch != 90 or rows[0].element_size() != 2):
+        return False
+    return all(x.shape[-3] * x.stride(-3) < 1 << 31 for x in rows)
 
 
 def count_tiles(rows: int, block: int, sequences: int, packed: bool) -> int:
@@ -336,10 +339,10 @@ def count_tiles(rows: int, block: int, sequences: int, packed: bool) -> int:
     return tiles + sequences if packed else tiles * sequences
 
 
-def constants(x: Tensor, spec: Any) -> dict[str, Any]:
-    """Compile-time values of a head that every kernel takes."""
+def constants(x: Tensor, spec: Any, blocks: Blocks) -> dict[str, Any]:
+    """Compile-time values of a head, and options of the launch, that every kernel takes."""
     D = x.shape[-1]
-    D0, D1 = pieces(D, x.element_size(), capability(x.device))
+    D0, D1 = pieces(D, blocks.whole)
     return {
         "D": D,
         "R": spec.pairs,
@@ -348,4 +351,6 @@ def constants(x: Tensor, spec: Any) -> dict[str, Any]:
         "D1": D1,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
     }

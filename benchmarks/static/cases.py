@@ -102,7 +102,7 @@ def _attention_cases(
         ("keys", keys.keys_kernel, tiles.keys_blocks(head_dim, size, arch), False),
         ("queries", backward._queries_kernel, tiles.queries_blocks(head_dim, size, arch), True),
     ):
-        first, second = tiles.pieces(head_dim, size, arch)
+        first, second = tiles.pieces(head_dim, blocks.whole)
         constants = {
             "G": 6,
             "D": head_dim,
@@ -117,7 +117,7 @@ def _attention_cases(
             "PARTS": 1,
             "ROTATE": True,
             "KEEP": True,
-            "WIDE": False,
+            "NARROW": arch == 90 and size == 2,
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "UPCAST": False,
             "BLOCK_M": blocks.rows if owns_rows else blocks.columns,
