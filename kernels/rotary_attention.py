@@ -258,8 +258,7 @@ def launch_forward(
     if q.numel() == 0:
         return out, lse, q_turned
     sequences = len(starts) - 1 if starts is not None else q.shape[0]
-    arch = capability(q.device)
-    blocks = forward_blocks(q.shape[-1], q.element_size(), arch)
+    blocks = forward_blocks(q.shape[-1], q.element_size(), capability(q.device))
     rows = q.shape[-3]
     grid = (Hq, count_tiles(rows, blocks.rows, sequences, packed))
     _forward_kernel[grid](
@@ -291,7 +290,7 @@ def launch_forward(
         PACKED=packed,
         SEQUENCES=triton.next_power_of_2(max(1, sequences)) if packed else 1,
         KEEP=keep,
-        NARROW=is_narrow(arch, k, v),
+        NARROW=is_narrow(blocks, k, v),
         ROTATE=True,
         **constants(q, spec, blocks),
     )

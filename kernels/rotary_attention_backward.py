@@ -243,7 +243,7 @@ def launch_backward(
     _queries_kernel[(Hq, count_tiles(rows, blocks.rows, sequences, packed))](
         q_turned, k, v, out, grad, lse, delta, level, dq, positions, *tables, starts, key_starts,
         *walk(out), *walk(k), *walk(v), *sides, *places(positions), *sizes,
-        BLOCK_M=blocks.rows, BLOCK_N=blocks.columns, NARROW=is_narrow(arch, k, v),
+        BLOCK_M=blocks.rows, BLOCK_N=blocks.columns, NARROW=is_narrow(blocks, k, v),
         **shared, **constants(out, spec, blocks),
     )  # fmt: skip
     blocks = keys_blocks(D, out.element_size(), arch)
@@ -265,7 +265,7 @@ def launch_backward(
         q_turned, k, v, grad, level, delta, *sums, key_positions, *tables, starts, key_starts,
         *walk(out), *walk(k), *walk(v), *walk(dk), dk.numel(), *sides, *places(key_positions),
         *sizes, BLOCK_M=blocks.columns, BLOCK_N=blocks.rows, PARTS=parts,
-        NARROW=is_narrow(arch, out), **shared,
+        NARROW=is_narrow(blocks, out), **shared,
     )  # fmt: skip
     if parts > 1:
         flat = dk.numel() // D

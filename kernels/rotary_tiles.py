@@ -250,6 +250,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     whole: bool = False  # a head that is a power of two is one piece in every product
+    narrow: bool = False  # rows of the other side are counted in 32 bits, where these suffice
 
 
 def pieces(head_dim: int, whole: bool) -> tuple[int, int]:
@@ -271,9 +272,9 @@ def forward_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     On sm_90, here and below, those that were fastest on an H100 or H200.
     """
     if INTERPRETED:
-        return Blocks(32, 16, 4, 1, True)
+        return Blocks(32, 16, 4, 1, True, True)
     if arch == 90 and element_size == 2 and head_dim <= 128:
-        return Blocks(64, 64, 4, 3, head_dim <= 64)
+        return Blocks(64, 64, 4, 3, head_dim <= 64, head_dim < 128)
     if element_size == 4:
         if head_dim > 128 or (arch >= 90 and 64 < head_dim < 128):
             return Blocks(32, 16, 8, 2)
@@ -288,9 +289,10 @@ def forward_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
 def keys_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     """Of the kernel that owns keys."""
     if INTERPRETED:
-        return Blocks(32, 16, 4, 1, True)
+        return Blocks(32, 16, 4, 1, True, True)
     if arch == 90 and element_size == 2 and head_dim <= 128:
-        return Blocks(64, 64, 4, 3, True) if head_dim <= 64 else Blocks(128, 32, 8, 3, True)
+        rows, columns, warps = (64, 64, 4) if head_dim <= 64 else (128, 32, 8)
+        return Blocks(rows, columns, warps, 3, True, True)
     if element_size == 4:
         if head_dim > 128:
             return Blocks(16, 16, 8, 2)
@@ -307,9 +309,9 @@ def keys_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
 def queries_blocks(head_dim: int, element_size: int, arch: int) -> Blocks:
     """Of the backward kernel that owns queries."""
     if INTERPRETED:
-        return Blocks(32, 16, 4, 1, True)
+        return Blocks(32, 16, 4, 1, True, True)
     if arch == 90 and element_size == 2 and head_dim <= 128:
-        return Blocks(64, 64, 4, 2, head_dim <= 64)
+        return Blocks(64, 64, 4, 2, head_dim <= 64, head_dim < 128)
     if element_size == 4:
         return Blocks(32, 32, 8, 1) if head_dim <= 128 else Blocks(16, 16, 8, 1)
     if head_dim <= 64:
@@ -323,14 +325,12 @@ def walk(x: Tensor) -> tuple[int, int, int]:
     return (0, first, second) if x.dim() == 3 else (first, second, rest[0])
 
 
-def is_narrow(arch: int, *rows: Tensor) -> bool:
-    """Whether a kernel counts rows [..., S, H, D] in 32 bits.
+def is_narrow(blocks: Blocks, *walked: Tensor) -> bool:
+    """Whether a kernel counts rows [..., S, H, D] of these in 32 bits.
 
-    On sm_90 alone: elsewhere the compiler steps a pointer for each row, which takes less still.
+    Only on sm_90: elsewhere the compiler steps a pointer for each row, which takes less still.
     """
-    if not INTERPRETED and (arch != 90 or rows[0].element_size() != 2):
-        return False
-    return all(x.shape[-3] * x.stride(-3) < 1 << 31 for x in rows)
+    return blocks.narrow and all(x.shape[-3] * x.stride(-3) < 1 << 31 for x in walked)
 
 
 def count_tiles(rows: int, block: int, sequences: int, packed: bool) -> int:

@@ -117,7 +117,7 @@ def _attention_cases(
             "PARTS": 1,
             "ROTATE": True,
             "KEEP": True,
-            "NARROW": arch == 90 and size == 2,
+            "NARROW": blocks.narrow,
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "UPCAST": False,
             "BLOCK_M": blocks.rows if owns_rows else blocks.columns,

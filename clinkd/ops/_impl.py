@@ -1,5 +1,6 @@
 """Choosing the implementation of an op: explicit means explicit, nothing falls back in silence."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -97,7 +98,8 @@ def run_native(name: str, impl: str, tensor: torch.Tensor, *arguments: Any) -> N
     if impl == "cpu":
         run(*arguments, kind, torch.get_num_threads())
         return
-    with torch.cuda.device(tensor.device):
+    here = tensor.get_device() == torch.cuda.current_device()  # then nothing need be set and reset
+    with contextlib.nullcontext() if here else torch.cuda.device(tensor.device):
         error = run(*arguments, kind, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"the kernel {name}_{impl} could not start: CUDA error {error}")

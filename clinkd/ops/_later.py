@@ -33,7 +33,7 @@ def check_finite_later(name: str, values: Tensor) -> None:
     if seen or values.numel() == 0 or torch.cuda.is_current_stream_capturing():
         return
     _last[:] = [(weakref.ref(values), values._version)]
-    found = torch.empty((), dtype=values.dtype, pin_memory=values.is_cuda)
+    found = torch.empty((), dtype=values.dtype, device="cpu", pin_memory=values.is_cuda)
     with torch.no_grad(), torch.cuda.device(values.device):
         found.copy_(torch.linalg.vector_norm(values, math.inf), non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
