@@ -6,9 +6,6 @@
 #include "launch.cuh"
 
 namespace clinkd {
-namespace {
-
-constexpr int64_t kScaleBlocks = 1024;  // several for each multiprocessor
 
 // Grid: any; a block takes every gridDim.x-th row.
 template <typename T, int V>
@@ -29,6 +26,10 @@ __global__ void __launch_bounds__(kKDThreads) kd_scale_kernel(const KDArgs a) {
       from_float(grad[i], to_float(grad[i]) * factor);
   }
 }
+
+namespace {
+
+constexpr int64_t kScaleBlocks = 1024;  // several for each multiprocessor
 
 template <typename T>
 int scale(const KDArgs& a, void* stream) {

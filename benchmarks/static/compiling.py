@@ -157,7 +157,7 @@ def cuda_name(symbol: str) -> str:
 
 def _threads(source: str) -> int:
     """Of a block, read off the header, where a launch takes it from."""
-    headers = {"rotary": "rotary_kernel", "kd_loss": "kd_loss_sums", "topk_kd": "topk_kd_kernel"}
+    headers = {"rotary": "rotary_kernel", "kd_": "kd_loss_sums", "topk_kd": "topk_kd_kernel"}
     (header,) = (name for start, name in headers.items() if source.startswith(start))
     text = (ROOT / "csrc" / f"{header}.cuh").read_text()
     found = re.search(r"constexpr int k\w*Threads = (\d+);", text)
