@@ -10,17 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from clinkd.kernels.common import LN_2, LOG2_E, capability
-from clinkd.kernels.rotary_tiles import (
-    constants,
-    count_tiles,
-    find_tile,
-    forward_blocks,
-    is_narrow,
-    load_piece,
-    tile_rows,
-    turned_and_rounded,
-    walk,
-)
+from clinkd.kernels.rotary_blocks import constants, count_tiles, forward_blocks, is_narrow, walk
+from clinkd.kernels.rotary_tiles import find_tile, load_piece, tile_rows, turned_and_rounded
 from torch import Tensor
 
 

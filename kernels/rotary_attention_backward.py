@@ -13,18 +13,20 @@ import triton
 import triton.language as tl
 from clinkd.kernels.common import INTERPRETED, LOG2_E, capability
 from clinkd.kernels.rotary_attention_keys import keys_kernel, sum_parts_kernel
-from clinkd.kernels.rotary_tiles import (
+from clinkd.kernels.rotary_blocks import (
     constants,
     count_tiles,
-    find_tile,
     is_narrow,
     keys_blocks,
-    load_piece,
     queries_blocks,
+    walk,
+)
+from clinkd.kernels.rotary_tiles import (
+    find_tile,
+    load_piece,
     softmax_weights,
     tile_rows,
     turn_back,
-    walk,
 )
 from torch import Tensor
 

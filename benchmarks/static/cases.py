@@ -11,7 +11,7 @@ from clinkd.kernels import prefix_decode_attention as prefix
 from clinkd.kernels import rotary_attention as forward
 from clinkd.kernels import rotary_attention_backward as backward
 from clinkd.kernels import rotary_attention_keys as keys
-from clinkd.kernels import rotary_tiles as tiles
+from clinkd.kernels import rotary_blocks as tiles
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from clinkd.kernels import rotary_attention as forward
 from clinkd.kernels import rotary_attention_backward as backward
-from clinkd.kernels import rotary_tiles as tiles
+from clinkd.kernels import rotary_blocks as blocks
 from clinkd.ops import rotary_attention
 from clinkd.rotary import RotarySpec
 
@@ -37,9 +37,9 @@ def test_rows_counted_in_64_bits(monkeypatch, head_dim):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_head_in_two_halves(monkeypatch, head_dim):
     whole = run(head_dim)
-    pieces = tiles.pieces
+    pieces = blocks.pieces
     assert pieces(head_dim, True) == (head_dim, 0)
-    monkeypatch.setattr(tiles, "pieces", lambda D, _: pieces(D, False))
+    monkeypatch.setattr(blocks, "pieces", lambda D, _: pieces(D, False))
     for a, b in zip(whole, run(head_dim), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -49,7 +49,7 @@ def test_when_32_bits_suffice():
         torch.empty_strided((1, 2, 1, 1), (1, stride, 1, 1), device="meta")
         for stride in ((1 << 30) - 1, 1 << 30)
     )
-    narrow = tiles.Blocks(64, 64, 4, 3, narrow=True)
-    assert tiles.is_narrow(narrow, near, near)
-    assert not tiles.is_narrow(narrow, near, far)
-    assert not tiles.is_narrow(narrow._replace(narrow=False), near)
+    narrow = blocks.Blocks(64, 64, 4, 3, narrow=True)
+    assert blocks.is_narrow(narrow, near, near)
+    assert not blocks.is_narrow(narrow, near, far)
+    assert not blocks.is_narrow(narrow._replace(narrow=False), near)
