@@ -69,8 +69,8 @@ def forward_bytes(q: int, k: int, lse: int, keep: bool) -> int:
 def backward_bytes(q: int, k: int, lse: int) -> tuple[int, int]:
     """Of the kernel of the queries and of that of the keys, where no keys are shared by programs.
 
-    Both read turned q, k, v, the gradient and lse; the first also o, to write delta; what a program
-    has just written and turns back is in a cache.
+    Both read turned q, k, v, the gradient and lse; the first also o, to write delta and the rows'
+    levels; what a program has just written and turns back is in a cache.
     """
     return (3 * q + 2 * k + 3 * lse + q, 2 * q + 2 * k + 2 * lse + 2 * k)
 

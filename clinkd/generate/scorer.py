@@ -66,21 +66,19 @@ class ClipScorer:
         """Raw cosine of each text with the image; NaN where the model yields it.
 
         The image is encoded once, for all its texts and for the next questions about it; all
-        sentences go through the text tower in one batch.
+        distinct sentences go through the text tower in one batch.
         """
         parts = [self.parts(text) for text in texts]
-        flat = [part for each in parts for part in each]
-        if not flat:
+        # beams that differ by a box are one text, which must get one score: rows of a batch may
+        # differ in their last bit
+        distinct = list(dict.fromkeys(part for each in parts for part in each))
+        if not distinct:
             return []
         image_vector = self._image_vector(image)
-        text_vectors = torch.nn.functional.normalize(self.backend.texts(flat).float(), dim=-1)
-        cosines = (text_vectors @ image_vector).tolist()
-        out, start = [], 0
-        for each in parts:
-            mean = sum(cosines[start : start + len(each)]) / len(each)
-            out.append(mean if math.isfinite(mean) else math.nan)
-            start += len(each)
-        return out
+        text_vectors = torch.nn.functional.normalize(self.backend.texts(distinct).float(), dim=-1)
+        cosine = dict(zip(distinct, (text_vectors @ image_vector).tolist(), strict=True))
+        means = [sum(cosine[part] for part in each) / len(each) for each in parts]
+        return [mean if math.isfinite(mean) else math.nan for mean in means]
 
     def _image_vector(self, image: Image.Image) -> Tensor:
         """Of unit length; from memory where the same pixels came lately."""

@@ -96,7 +96,7 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
         factor: of no dimensions.
     """
     if grad.dim() != 2 or why_not_native("scaling", "kd_scale", "cuda", grad.device, grad.dtype):
-        if grad.is_cuda or factor != 1:
+        if grad.device.type != "cpu" or factor != 1:  # only there the number is at hand
             grad.mul_(factor.to(grad.dtype))
         return grad
     none = torch.empty(0, dtype=torch.int64, device=grad.device)

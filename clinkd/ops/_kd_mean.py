@@ -19,9 +19,9 @@ class KDLoss(NamedTuple):
     kd: Tensor
 
 
-def default_num_items(labels: Tensor, ignore_index: int) -> Tensor:
-    """Number of labelled tokens, at least 1, on the device."""
-    return (labels != ignore_index).sum().clamp_(min=1)
+def item_count(labels: Tensor, ignore_index: int, num_items: Tensor | int | None) -> Tensor | int:
+    """What a sum over tokens is divided by; default: labelled tokens, at least 1, on the device."""
+    return (labels != ignore_index).sum().clamp_(min=1) if num_items is None else num_items
 
 
 def mean_rows(

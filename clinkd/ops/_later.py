@@ -29,10 +29,11 @@ def check_finite_later(name: str, values: Tensor) -> None:
                 f"{of} of an earlier call must be finite, got {found.item()}; with CLINKD_CHECK=1 "
                 "in the environment that call itself raises, and says where"
             )
-    seen = bool(_last) and _last[0][0]() is values and _last[0][1] == values._version
+    version = 0 if values.is_inference() else values._version  # such a tensor has none
+    seen = bool(_last) and _last[0][0]() is values and _last[0][1] == version
     if seen or values.numel() == 0 or torch.cuda.is_current_stream_capturing():
         return
-    _last[:] = [(weakref.ref(values), values._version)]
+    _last[:] = [(weakref.ref(values), version)]
     found = torch.empty((), dtype=values.dtype, device="cpu", pin_memory=values.is_cuda)
     with torch.no_grad(), torch.cuda.device(values.device):
         found.copy_(torch.linalg.vector_norm(values, math.inf), non_blocking=True)

@@ -18,7 +18,7 @@ from clinkd.ops._checks import (
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
 from clinkd.ops._kd_at_once import WithGradient, rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import operator_options
-from clinkd.ops._kd_mean import KDLoss, MeanOfRows, default_num_items, mean_rows
+from clinkd.ops._kd_mean import KDLoss, MeanOfRows, item_count, mean_rows
 from clinkd.ops._vocab_parallel import VocabParallelRows, check_columns
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
@@ -93,7 +93,7 @@ def kd_loss(
     if process_group is not None:
         require_kernels(impl)
         check_columns(student_logits.shape[1], teacher_logits.shape[1])
-    count = default_num_items(labels, ignore_index) if num_items is None else num_items
+    count = item_count(labels, ignore_index, num_items)
     if impl == "reference":
         ce, kd = kd_loss_rows(
             student_logits,

@@ -21,7 +21,7 @@ from clinkd.ops._checks import (
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
 from clinkd.ops._kd_at_once import rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
-from clinkd.ops._kd_mean import KDLoss, default_num_items
+from clinkd.ops._kd_mean import KDLoss, item_count
 from clinkd.ops._linear_kd_triton import LinearKDTriton
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
 from clinkd.ops._vocab_parallel import check_shards, local_options, whole_rows
@@ -106,7 +106,7 @@ def linear_kd_loss(
     )
     if process_group is not None:
         check_shards(process_group, student_weight, teacher_weight)
-    count = default_num_items(labels, ignore_index) if num_items is None else num_items
+    count = item_count(labels, ignore_index, num_items)
     kept = (labels != ignore_index).nonzero().squeeze(1)
     teacher_hidden = teacher_hidden.detach()
     if len(kept) < rows:  # where all stay, no copy

@@ -19,7 +19,7 @@ from clinkd.ops._checks import (
     check_weight,
 )
 from clinkd.ops._impl import native_impl, resolve_impl
-from clinkd.ops._kd_mean import KDLoss, default_num_items
+from clinkd.ops._kd_mean import KDLoss, item_count
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
 from clinkd.ops.kd_loss import IMPLS, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES
@@ -89,7 +89,7 @@ def linear_topk_kd_loss(
     impl = resolve_impl(
         impl, IMPLS, native_impl(labels.device), why_not, labels.device, student_hidden.dtype
     )
-    count = default_num_items(labels, ignore_index) if num_items is None else num_items
+    count = item_count(labels, ignore_index, num_items)
     kept = (labels != ignore_index).nonzero().squeeze(1)
     labels = labels[kept]
     factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight[kept]

@@ -16,7 +16,7 @@ from clinkd.ops._checks import (
     check_weight,
 )
 from clinkd.ops._impl import native_impl, resolve_impl
-from clinkd.ops._kd_mean import KDLoss, default_num_items, mean_rows
+from clinkd.ops._kd_mean import KDLoss, item_count, mean_rows
 from clinkd.ops.kd_loss import IMPLS, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 from clinkd.ops.reference.topk_kd_loss import bucket_loss_rows, topk_kd_loss_rows
@@ -93,7 +93,7 @@ def topk_kd_loss(
             student_logits, ids, labels, temperature, ignore_index, softcap or 0.0, impl
         )
         ce, kd = bucket_loss_rows(top, tail, soft_tail, picked, logits, lse, labels, **kind)
-    count = default_num_items(labels, ignore_index) if num_items is None else num_items
+    count = item_count(labels, ignore_index, num_items)
     return mean_rows(ce, kd, kd_weight, weight, count)
 
 

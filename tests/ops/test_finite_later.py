@@ -60,6 +60,15 @@ def test_the_same_tensor_is_looked_at_once(asked):
     assert len(asked) == 3
 
 
+def test_tensors_of_inference_mode(asked):
+    Event.done = False
+    with torch.inference_mode():
+        positions = torch.zeros(2, 3)
+        for _ in range(2):
+            _later.check_finite_later("positions", positions)
+    assert len(asked) == 1
+
+
 def test_large_positions_are_finite(asked):
     for value in (3e38, -3e38):
         _later.check_finite_later("positions", torch.full((2, 100), value))
