@@ -105,6 +105,13 @@ def run_native(name: str, impl: str, tensor: torch.Tensor, *arguments: Any) -> N
         raise RuntimeError(f"the kernel {name}_{impl} could not start: CUDA error {error}")
 
 
+def wrote(*tensors: torch.Tensor) -> None:
+    """Tell autograd that a kernel changed these: a graph that still needs them must not run."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
 def graph_is_kept() -> bool:
     """Whether the backward pass under way may come again; where torch does not tell, it may.
 

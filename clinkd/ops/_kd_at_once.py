@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops import _kd_loss_native as native
-from clinkd.ops._impl import built, extension, graph_is_kept, why_not_native
+from clinkd.ops._impl import built, extension, graph_is_kept, why_not_native, wrote
 
 SWITCH = "CLINKD_KD_CLUSTER"
 KERNELS = {"cpu": "at_once", "cuda": "cluster"}
@@ -102,7 +102,7 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
     none = torch.empty(0, dtype=torch.int64, device=grad.device)
     native.launch("scale", "cuda", grad, grad, none, None, (1.0, 0, 0.0, 0, 0.0),
                   factors=(factor, factor), grad=grad)  # fmt: skip
-    torch.autograd.graph.increment_version(grad)
+    wrote(grad)
     return grad
 
 

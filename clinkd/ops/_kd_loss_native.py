@@ -6,27 +6,10 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._impl import run_native
+from clinkd.ops._operator import Operator
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 STATISTICS = 7  # kStatistics of csrc/kd_loss.h
-LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
-_OPTIONS = "float temperature, int divergence, float mix, int ignore_index, float softcap, str impl"
-torch.library.define(
-    "clinkd::kd_rows",
-    f"(Tensor student, Tensor teacher, Tensor labels, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    lib=LIBRARY,
-)
-torch.library.define(
-    "clinkd::kd_rows_backward",
-    "(Tensor ce_factor, Tensor kd_factor, Tensor student, Tensor teacher, Tensor labels, "
-    f"Tensor statistics, {_OPTIONS}) -> Tensor",
-    lib=LIBRARY,
-)
-torch.library.define(
-    "clinkd::kd_divergence",
-    f"(Tensor student, Tensor teacher, Tensor labels, Tensor statistics, {_OPTIONS}) -> Tensor",
-    lib=LIBRARY,
-)
 
 
 def gradient_in_place(
@@ -152,20 +135,32 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor, _: Tensor) -> tuple[Any, ...]:
     student, teacher, labels, statistics = ctx.saved_tensors
-    grad = torch.ops.clinkd.kd_rows_backward(
-        grad_ce, grad_kd, student, teacher, labels, statistics, *ctx.options
-    )
+    grad = KD_ROWS_BACKWARD(grad_ce, grad_kd, student, teacher, labels, statistics, *ctx.options)
     return (grad, *[None] * 8)
 
 
-_KEY = "CompositeExplicitAutograd"
-torch.library.impl("clinkd::kd_rows", _KEY, rows, lib=LIBRARY)
-torch.library.impl("clinkd::kd_rows_backward", _KEY, rows_backward, lib=LIBRARY)
-torch.library.impl("clinkd::kd_divergence", _KEY, _divergence, lib=LIBRARY)
-torch.library.register_fake("clinkd::kd_divergence", _fake_divergence, lib=LIBRARY)
-torch.library.register_fake("clinkd::kd_rows", _fake, lib=LIBRARY)
-torch.library.register_fake("clinkd::kd_rows_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("clinkd::kd_rows", _backward, setup_context=_save, lib=LIBRARY)
+_OPTIONS = "float temperature, int divergence, float mix, int ignore_index, float softcap, str impl"
+KD_ROWS_BACKWARD = Operator(
+    "kd_rows_backward",
+    "(Tensor ce_factor, Tensor kd_factor, Tensor student, Tensor teacher, Tensor labels, "
+    f"Tensor statistics, {_OPTIONS}) -> Tensor",
+    rows_backward,
+    _fake_backward,
+)
+KD_ROWS = Operator(
+    "kd_rows",
+    f"(Tensor student, Tensor teacher, Tensor labels, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    rows,
+    _fake,
+    _save,
+    _backward,
+)
+KD_DIVERGENCE = Operator(
+    "kd_divergence",
+    f"(Tensor student, Tensor teacher, Tensor labels, Tensor statistics, {_OPTIONS}) -> Tensor",
+    _divergence,
+    _fake_divergence,
+)
 
 
 def operator_options(

@@ -6,23 +6,10 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._impl import run_native
+from clinkd.ops._operator import Operator
 from clinkd.ops.reference.topk_kd_loss import NOTHING
 
-LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
 STATISTICS = 3  # of the tail: largest logit, one over the sums of exponentials at 1 and at T
-_OPTIONS = "float temperature, int ignore_index, float softcap, str impl"
-torch.library.define(
-    "clinkd::topk_rows",
-    f"(Tensor student, Tensor ids, Tensor labels, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lib=LIBRARY,
-)
-torch.library.define(
-    "clinkd::topk_rows_backward",
-    "(Tensor top_factor, Tensor tail_factor, Tensor soft_factor, Tensor picked_factor, "
-    f"Tensor student, Tensor ids, Tensor labels, Tensor statistics, {_OPTIONS}) -> Tensor",
-    lib=LIBRARY,
-)
 
 
 def _rows(
@@ -144,15 +131,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     student, ids, labels, statistics = ctx.saved_tensors
-    grad = torch.ops.clinkd.topk_rows_backward(
-        *grads[:4], student, ids, labels, statistics, *ctx.options
-    )
+    grad = _TOPK_ROWS_BACKWARD(*grads[:4], student, ids, labels, statistics, *ctx.options)
     return (grad, *[None] * 6)
 
 
-_KEY = "CompositeExplicitAutograd"
-torch.library.impl("clinkd::topk_rows", _KEY, _rows, lib=LIBRARY)
-torch.library.impl("clinkd::topk_rows_backward", _KEY, _rows_backward, lib=LIBRARY)
-torch.library.register_fake("clinkd::topk_rows", _fake, lib=LIBRARY)
-torch.library.register_fake("clinkd::topk_rows_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("clinkd::topk_rows", _backward, setup_context=_save, lib=LIBRARY)
+_OPTIONS = "float temperature, int ignore_index, float softcap, str impl"
+_TOPK_ROWS_BACKWARD = Operator(
+    "topk_rows_backward",
+    "(Tensor top_factor, Tensor tail_factor, Tensor soft_factor, Tensor picked_factor, "
+    f"Tensor student, Tensor ids, Tensor labels, Tensor statistics, {_OPTIONS}) -> Tensor",
+    _rows_backward,
+    _fake_backward,
+)
+TOPK_ROWS = Operator(
+    "topk_rows",
+    f"(Tensor student, Tensor ids, Tensor labels, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _rows,
+    _fake,
+    _save,
+    _backward,
+)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clinkd.ops._kd_loss_native import KD_DIVERGENCE, KD_ROWS, KD_ROWS_BACKWARD
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 IGNORED = -1
@@ -39,7 +40,7 @@ class VocabParallelRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor) -> tuple[Any, ...]:
         student, teacher = ctx.saved_tensors
-        grad = torch.ops.clinkd.kd_rows_backward(
+        grad = KD_ROWS_BACKWARD(
             grad_ce, grad_kd, student, teacher, ctx.labels, ctx.statistics, *ctx.options
         )
         return grad, None, None, None, None
@@ -66,7 +67,7 @@ def whole_rows(
     # a label of another rank: any of this one's columns will do for the sums
     inner = label.clamp(max=columns - 1)
     forward = (temperature, DIVERGENCES.index("forward_kl"), *local_options(options)[2:])
-    ce, _, own = torch.ops.clinkd.kd_rows(student, teacher, inner, *forward)
+    ce, _, own = KD_ROWS(student, teacher, inner, *forward)
 
     tops, inverses = own[:, 0:6:2], own[:, 1:6:2]  # [N, 3]: at T = 1, at T, the teacher's
     sums = torch.where(tops == -torch.inf, 0, 1 / inverses)
@@ -85,9 +86,7 @@ def whole_rows(
     statistics[:, 0:6:2] = tops_all
     statistics[:, 1:6:2] = torch.where(sound[:, None], 1 / total[:, :3], torch.nan)
     statistics.masked_fill_(ignored[:, None], 0)
-    whole = torch.ops.clinkd.kd_divergence(
-        student, teacher, label, statistics, *local_options(options)
-    )
+    whole = KD_DIVERGENCE(student, teacher, label, statistics, *local_options(options))
     value, statistics[:, 6] = _all_reduce(whole, dist.ReduceOp.SUM, group).unbind(1)
     ce = torch.where(sound, total[:, 0].log() - total[:, 3], torch.nan).masked_fill(ignored, 0)
     return ce, temperature**2 * value, statistics, label

@@ -17,7 +17,7 @@ from clinkd.ops._checks import (
 )
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
 from clinkd.ops._kd_at_once import WithGradient, rows_with_gradient, why_not_at_once
-from clinkd.ops._kd_loss_native import operator_options
+from clinkd.ops._kd_loss_native import KD_ROWS, operator_options
 from clinkd.ops._kd_mean import KDLoss, MeanOfRows, item_count, mean_rows
 from clinkd.ops._vocab_parallel import VocabParallelRows, check_columns
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
@@ -112,7 +112,7 @@ def kd_loss(
         if process_group is not None:
             ce, kd = VocabParallelRows.apply(*parts, process_group, options)
         elif torch.compiler.is_compiling() or _has_gradient(weight, count):
-            ce, kd, _ = torch.ops.clinkd.kd_rows(*parts, *options)
+            ce, kd, _ = KD_ROWS(*parts, *options)
         elif _gradient_at_once(*parts[:2], impl):
             return _loss_with_gradient(parts, options, kd_weight, weight, count)
         else:

@@ -20,7 +20,7 @@ from clinkd.ops._checks import (
 )
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
 from clinkd.ops._kd_at_once import rows_with_gradient, why_not_at_once
-from clinkd.ops._kd_loss_native import gradient_in_place, operator_options
+from clinkd.ops._kd_loss_native import KD_ROWS, gradient_in_place, operator_options
 from clinkd.ops._kd_mean import KDLoss, item_count
 from clinkd.ops._linear_kd_triton import LinearKDTriton
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
@@ -199,7 +199,7 @@ def _chunk(
         )
         return torch.stack([(ce * factor).sum(), (kd * factor).sum()]), grad.to(dtype)
     if group is None:
-        ce, kd, statistics = torch.ops.clinkd.kd_rows(logits, target, labels, *options)
+        ce, kd, statistics = KD_ROWS(logits, target, labels, *options)
     else:
         ce, kd, statistics, labels = whole_rows(logits, target, labels, group, options)
         options = local_options(options)

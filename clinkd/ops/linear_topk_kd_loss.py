@@ -112,7 +112,7 @@ def linear_topk_kd_loss(
             leaves: list[Tensor] = [logits]
         else:
             options = (temperature, ignore_index, softcap or 0.0, impl)
-            *leaves, statistics = torch.ops.clinkd.topk_rows(logits, ids, labels[rows], *options)
+            *leaves, statistics = native.TOPK_ROWS(logits, ids, labels[rows], *options)
         with torch.set_grad_enabled(needs_grad):
             leaves = [leaf.requires_grad_(needs_grad) for leaf in leaves]
             if impl == "reference":

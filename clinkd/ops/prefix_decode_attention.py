@@ -7,18 +7,10 @@ from torch import Tensor
 
 from clinkd.ops._checks import check_float
 from clinkd.ops._impl import resolve_impl, why_not_triton
+from clinkd.ops._operator import Operator
 from clinkd.ops.reference.prefix_decode_attention import default_visible
 from clinkd.ops.reference.prefix_decode_attention import prefix_decode_attention as reference
 
-LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
-_NAME = "clinkd::prefix_decode_attention"
-torch.library.define(
-    _NAME,
-    "(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor suffix_k, Tensor suffix_v, "
-    "Tensor? prefix_lengths, Tensor suffix_lengths, Tensor? visible, float scale, str impl) "
-    "-> Tensor",
-    lib=LIBRARY,
-)
 IMPLS = ("auto", "reference", "cpu", "triton")
 
 
@@ -59,7 +51,7 @@ def prefix_decode_attention(
         RuntimeError: an explicit `impl` that cannot run here.
     """
     _check(q, prefix_k, prefix_v, suffix_k, suffix_v, suffix_lengths, prefix_lengths, visible)
-    out: Tensor = torch.ops.clinkd.prefix_decode_attention(
+    out: Tensor = _PREFIX_DECODE(
         q,
         prefix_k,
         prefix_v,
@@ -263,5 +255,11 @@ def _fake(q: Tensor, *_: object) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-torch.library.impl(_NAME, "CompositeExplicitAutograd", _run, lib=LIBRARY)
-torch.library.register_fake(_NAME, _fake, lib=LIBRARY)
+_PREFIX_DECODE = Operator(
+    "prefix_decode_attention",
+    "(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor suffix_k, Tensor suffix_v, "
+    "Tensor? prefix_lengths, Tensor suffix_lengths, Tensor? visible, float scale, str impl) "
+    "-> Tensor",
+    _run,
+    _fake,
+)

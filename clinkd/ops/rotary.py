@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._checks import check_float, checking
-from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native
+from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native, wrote
 from clinkd.ops._later import check_finite_later
+from clinkd.ops._operator import Operator
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
 
-LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
-_ARGUMENTS = "Tensor positions, int spec, bool inverse, str impl"
-torch.library.define("clinkd::rotary", f"(Tensor x, {_ARGUMENTS}) -> Tensor", lib=LIBRARY)
-torch.library.define("clinkd::rotary_", f"(Tensor(a!) x, {_ARGUMENTS}) -> ()", lib=LIBRARY)
 IMPLS = ("auto", "reference", "cpu", "cuda")
 
 
@@ -52,7 +49,7 @@ def rotary(
     check_rotary("x", x, positions, spec)
     impl = resolve_rotary(impl, x.device, x.dtype)
     if not inplace:
-        out: Tensor = torch.ops.clinkd.rotary(x, positions, spec.key, inverse, impl)
+        out: Tensor = _ROTARY(x, positions, spec.key, inverse, impl)
         return out
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("inplace must be False where x needs a gradient")
@@ -60,7 +57,7 @@ def rotary(
         raise ValueError(
             f"inplace must be False where elements of x share memory, got strides {x.stride()}"
         )
-    torch.ops.clinkd.rotary_(x, positions, spec.key, inverse, impl)
+    _ROTARY_INPLACE(x, positions, spec.key, inverse, impl)
     return x
 
 
@@ -153,7 +150,8 @@ def _launch(x: Tensor, out: Tensor, positions: Tensor, spec: int, inverse: bool,
     run_native("rotary", impl, x, *native_arguments(x, out, positions, spec), inverse)
 
 
-def _rotary(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> Tensor:
+def turn(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> Tensor:
+    """What the operator does: x turned, in memory of its own, all side by side."""
     if impl == "reference":
         found = reference_rotary(x, positions, RotarySpec.known[spec], inverse=inverse)
         return found.contiguous()
@@ -165,19 +163,17 @@ def _rotary(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -
     return out
 
 
-def _rotary_inplace(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> None:
+def turn_inplace(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> None:
+    """What the operator in place does."""
     if impl == "reference" or x.stride(-1) != 1:
-        x.copy_(_rotary(x, positions, spec, inverse, impl))
+        x.copy_(turn(x, positions, spec, inverse, impl))
     elif x.numel() > 0:
         _launch(x, x, positions, spec, inverse, impl)
+        wrote(x)
 
 
-def _rotary_fake(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> Tensor:
+def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _rotary_inplace_fake(*_: Any) -> None:
-    return None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,12 +185,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (positions,) = ctx.saved_tensors
     spec, inverse, impl = ctx.settings
     # a rotation's transpose is its inverse
-    return torch.ops.clinkd.rotary(grad, positions, spec, not inverse, impl), None, None, None, None
+    return _ROTARY(grad, positions, spec, not inverse, impl), None, None, None, None
 
 
-_KEY = "CompositeExplicitAutograd"
-torch.library.impl("clinkd::rotary", _KEY, _rotary, lib=LIBRARY)
-torch.library.impl("clinkd::rotary_", _KEY, _rotary_inplace, lib=LIBRARY)
-torch.library.register_fake("clinkd::rotary", _rotary_fake, lib=LIBRARY)
-torch.library.register_fake("clinkd::rotary_", _rotary_inplace_fake, lib=LIBRARY)
-torch.library.register_autograd("clinkd::rotary", _backward, setup_context=_save, lib=LIBRARY)
+_ARGUMENTS = "Tensor positions, int spec, bool inverse, str impl"
+_ROTARY = Operator("rotary", f"(Tensor x, {_ARGUMENTS}) -> Tensor", turn, _fake, _save, _backward)
+_ROTARY_INPLACE = Operator(
+    "rotary_", f"(Tensor(a!) x, {_ARGUMENTS}) -> ()", turn_inplace, lambda *_: None
+)

@@ -1,23 +1,15 @@
 """Keys turned and put into a cache together with their values, in one pass."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from clinkd.ops._checks import checking, raise_first
-from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native
+from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native, wrote
+from clinkd.ops._operator import Operator
 from clinkd.ops.reference.rotary_append import rotary_append as reference_append
 from clinkd.ops.rotary import check_rotary, native_arguments
 from clinkd.rotary import RotarySpec
 
-LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
-torch.library.define(
-    "clinkd::rotary_append",
-    "(Tensor k, Tensor v, Tensor positions, int spec, Tensor(a!) key_cache, "
-    "Tensor(b!) value_cache, Tensor starts, str impl) -> ()",
-    lib=LIBRARY,
-)
 IMPLS = ("auto", "reference", "cpu", "cuda")
 
 
@@ -54,7 +46,7 @@ def rotary_append(
     """
     _check(k, v, positions, spec, key_cache, value_cache, starts)
     impl = resolve_impl(impl, IMPLS, native_impl(k.device), why_not, k.device, k.dtype)
-    torch.ops.clinkd.rotary_append(k, v, positions, spec.key, key_cache, value_cache, starts, impl)
+    _APPEND(k, v, positions, spec.key, key_cache, value_cache, starts, impl)
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -137,11 +129,13 @@ def _append(
         (v.stride()[:3], value_cache.stride()[:3]),
         key_cache.shape[1],
     )
+    wrote(key_cache, value_cache)
 
 
-def _append_fake(*_: Any) -> None:
-    return None
-
-
-torch.library.impl("clinkd::rotary_append", "CompositeExplicitAutograd", _append, lib=LIBRARY)
-torch.library.register_fake("clinkd::rotary_append", _append_fake, lib=LIBRARY)
+_APPEND = Operator(
+    "rotary_append",
+    "(Tensor k, Tensor v, Tensor positions, int spec, Tensor(a!) key_cache, "
+    "Tensor(b!) value_cache, Tensor starts, str impl) -> ()",
+    _append,
+    lambda *_: None,
+)

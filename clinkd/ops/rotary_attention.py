@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from clinkd.ops import _rotary_attention_triton  # noqa: F401  (registers the operators)
-from clinkd.ops._attention_cpu import attend_cpu
 from clinkd.ops._checks import check_float
 from clinkd.ops._impl import resolve_impl, why_not_triton
+from clinkd.ops._rotary_attention import ROTARY_ATTENTION
 from clinkd.ops.reference.rotary_attention import rotary_attention as reference_attention
-from clinkd.ops.rotary import check_positions, check_rotary, rotary
+from clinkd.ops.rotary import check_positions, check_rotary
 from clinkd.rotary import RotarySpec
 
 IMPLS = ("auto", "reference", "cpu", "triton")
@@ -63,33 +62,7 @@ def rotary_attention(
         key_positions = positions
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     impl = resolve_attention(impl, q.device, q.dtype)
-    if impl == "triton":
-        out, lse = torch.ops.clinkd.rotary_attention(
-            q,
-            k,
-            v,
-            positions,
-            key_positions,
-            spec.key,
-            causal,
-            scale,
-            cu_seqlens,
-            cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
-            window or 0,
-            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-        )[:2]
-    elif impl == "cpu":
-        out, lse = attend_cpu(
-            rotary(q, positions, spec),
-            k if key_positions is None else rotary(k, key_positions, spec),
-            v,
-            causal,
-            scale,
-            cu_seqlens,
-            cu_seqlens_k,
-            window,
-        )
-    else:
+    if impl == "reference":
         with torch.autocast(q.device.type, enabled=False):  # its products stay as wide as q
             out, lse = reference_attention(
                 q,
@@ -105,6 +78,22 @@ def rotary_attention(
                 window=window,
                 turned_keys=turned_keys,
             )
+    else:
+        out, lse = ROTARY_ATTENTION(
+            q,
+            k,
+            v,
+            positions,
+            key_positions,
+            spec.key,
+            causal,
+            scale,
+            cu_seqlens,
+            cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
+            window or 0,
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            impl,
+        )[:2]
     return (out, lse.detach()) if return_lse else out
 
 

@@ -17,6 +17,7 @@ from clinkd.ops._checks import (
 )
 from clinkd.ops._impl import native_impl, resolve_impl
 from clinkd.ops._kd_mean import KDLoss, item_count, mean_rows
+from clinkd.ops._topk_kd_native import TOPK_ROWS
 from clinkd.ops.kd_loss import IMPLS, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 from clinkd.ops.reference.topk_kd_loss import bucket_loss_rows, topk_kd_loss_rows
@@ -89,7 +90,7 @@ def topk_kd_loss(
         ce, kd = topk_kd_loss_rows(student_logits, *teacher, labels, softcap=softcap, **kind)
     else:
         logits, ids, lse = ascending(*teacher, student_logits.shape[1])
-        top, tail, soft_tail, picked, _ = torch.ops.clinkd.topk_rows(
+        top, tail, soft_tail, picked, _ = TOPK_ROWS(
             student_logits, ids, labels, temperature, ignore_index, softcap or 0.0, impl
         )
         ce, kd = bucket_loss_rows(top, tail, soft_tail, picked, logits, lse, labels, **kind)

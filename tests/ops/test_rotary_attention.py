@@ -170,15 +170,24 @@ def test_triton_backward_repeats():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_triton_opcheck():
-    usable("triton")
-    case = CASES["one head each"]
-    (q, k, v), positions, _ = case.make()
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    options = (positions, positions, case.spec.key, True, 0.2, None, None, 0, True)
-    torch.library.opcheck(torch.ops.clinkd.rotary_attention.default, (*leaves, *options))
+@pytest.mark.parametrize(
+    ("impl", "name"),
+    [
+        ("cpu", "causal"),
+        ("cpu", "packed, other keys"),
+        pytest.param("triton", "one head each", marks=pytest.mark.slow),
+    ],
+)
+def test_the_operator_follows_the_rules(impl, name):
+    usable(impl)
+    case = CASES[name]
+    tensors, positions, options = case.make()
+    leaves = [t.requires_grad_() for t in tensors]
+    starts = options.get("cu_seqlens")
+    rest = (options.get("key_positions", positions), case.spec.key, True, 0.2)
+    rest += (starts, options.get("cu_seqlens_k", starts), 0, True, impl)
+    torch.library.opcheck(torch.ops.clinkd.rotary_attention.default, (*leaves, positions, *rest))
 
 
 def test_chunks_of_queries(monkeypatch):
@@ -252,15 +261,6 @@ def test_compiles_whole(name):
         results.append((out.detach(), *grads))
     for found, expected in zip(*results, strict=True):
         assert torch.allclose(found, expected, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_the_packed_operator_follows_the_rules():
-    (q, k, v), _, options = CASES["packed"].make()
-    starts = options["cu_seqlens"]
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    operator = torch.ops.clinkd.packed_attention.default
-    torch.library.opcheck(operator, (*leaves, True, 0.2, starts, starts, None))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_triton_opcheck():
     usable("triton")
     (q, k, v), positions, _ = make(False, heads=(1, 1))
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    options = (positions, None, SPEC.key, True, 0.2, None, None, 0, True)
+    options = (positions, None, SPEC.key, True, 0.2, None, None, 0, True, "triton")
     torch.library.opcheck(torch.ops.clinkd.rotary_attention.default, (*leaves, *options))
 
 
