@@ -5,7 +5,6 @@ made of more than `CHUNK` queries. Gradients are turned back where they lie.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +14,8 @@ from clinkd.ops.rotary import resolve_rotary, turn, turn_inplace
 CHUNK = 256  # queries a mask is made for at once
 
 
-class Block(NamedTuple):
-    """Queries and keys of one call, and what hides keys from queries there."""
-
-    queries: slice
-    keys: slice
-    square: bool = False  # causal, the first query seeing the first key
-    place: int | None = None  # of the first query among the keys; a mask is needed then
+# queries and keys of one call; whether causal, the first query seeing the first key; a mask
+Block = tuple[slice, slice, bool, Tensor | None]
 
 
 def forward(
@@ -42,17 +36,17 @@ def forward(
     impl = resolve_rotary("auto", q.device, q.dtype)
     q_turned = turn(q, positions, spec, False, impl)
     k_turned = k if key_positions is None else turn(k, key_positions, spec, False, impl)
-    q, k, v = (_heads_first(t) for t in (q_turned, k_turned, v))
-    blocks = _blocks(q, k, causal, cu_seqlens, cu_seqlens_k, window)
-    if whole := _whole(blocks, q, k):
-        out, lse = _flash(q, k, v, whole, causal, window, scale)
+    q, k, v = _heads_first(q_turned), _heads_first(k_turned), _heads_first(v)
+    if _in_one(q, k, causal, cu_seqlens, window):
+        out, lse = _flash(q, k, v, causal and q.shape[2] > 1, None, scale)
     else:
         out = torch.zeros_like(q)
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=lse_type(q.dtype))
-        for block in blocks:
-            rows = block.queries
-            out[:, :, rows], lse[:, :, rows] = _flash(q, k, v, block, causal, window, scale)
-    out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
+        lse = empty_lse(q.transpose(1, 2)).fill_(-torch.inf)
+        for queries, keys, square, mask in _blocks(q, k, causal, cu_seqlens, cu_seqlens_k, window):
+            out[:, :, queries], lse[:, :, queries] = _flash(
+                q[:, :, queries], k[:, :, keys], v[:, :, keys], square, mask, scale
+            )
+    out = out.transpose(1, 2)
     if cu_seqlens is not None:
         out, lse = out[0], lse[0]
     # an operator's output may not be its input
@@ -78,31 +72,41 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v."""
     q, k, v, out, grad = (_heads_first(t) for t in (q_turned, k_turned, v, out, grad))
-    lse = lse if cu_seqlens is None else lse[None]
-    blocks = _blocks(q, k, causal, cu_seqlens, cu_seqlens_k, window)
-    kept = (grad, q, k, v, out, lse)
-    if whole := _whole(blocks, q, k):
-        found = _flash_backward(*kept, whole, causal, window, scale)
+    if _in_one(q, k, causal, cu_seqlens, window):
+        square = causal and q.shape[2] > 1
+        found = _flash_backward(grad, q, k, v, out, lse, square, None, scale)
     else:
+        lse = lse if cu_seqlens is None else lse[None]
         found = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for block in blocks:
-            of_q, of_k, of_v = _flash_backward(*kept, block, causal, window, scale)
-            found[0][:, :, block.queries] = of_q
-            found[1][:, :, block.keys] += of_k
-            found[2][:, :, block.keys] += of_v
-    of_q, of_k, of_v = (t.transpose(1, 2).contiguous() for t in found)
+        for queries, keys, square, mask in _blocks(q, k, causal, cu_seqlens, cu_seqlens_k, window):
+            of_q, of_k, of_v = _flash_backward(
+                grad[:, :, queries],
+                q[:, :, queries],
+                k[:, :, keys],
+                v[:, :, keys],
+                out[:, :, queries],
+                lse[:, :, queries],
+                square,
+                mask,
+                scale,
+            )
+            found[0][:, :, queries] = of_q
+            found[1][:, :, keys] += of_k
+            found[2][:, :, keys] += of_v
+    of_q, of_k, of_v = (t.transpose(1, 2) for t in found)
     if cu_seqlens is not None:
         of_q, of_k, of_v = of_q[0], of_k[0], of_v[0]
     impl = resolve_rotary("auto", of_q.device, of_q.dtype)
     turn_inplace(of_q, positions, spec, True, impl)
     if key_positions is not None:
         turn_inplace(of_k, key_positions, spec, True, impl)
-    return of_q, of_k, of_v
+    return of_q, of_k.contiguous(), of_v.contiguous()  # the last two have the layout of what came
 
 
-def lse_type(dtype: torch.dtype) -> torch.dtype:
-    """What the kernel sums in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def empty_lse(q: Tensor) -> Tensor:
+    """[B, H, S] or [H, N] for queries [B, S, H, D] or [N, H, D], laid out as the kernel does it."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape[:-1], dtype=dtype).transpose(-1, -2)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -112,6 +116,13 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
+def _in_one(q: Tensor, k: Tensor, causal: bool, cu_seqlens: Tensor | None, window: int) -> bool:
+    """Whether one call without a mask does it all."""
+    queries, keys = q.shape[2], k.shape[2]
+    plain = cu_seqlens is None and not window and q.numel() > 0 and keys > 0
+    return plain and (not causal or queries == keys or queries == 1)
+
+
 def _blocks(
     q: Tensor,
     k: Tensor,
@@ -119,21 +130,23 @@ def _blocks(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     window: int,
-) -> list[Block]:
-    """Of all sequences; a query in none of them sees no key."""
+) -> Iterator[Block]:
+    """Of all sequences; a query in none of the blocks sees no key."""
     if q.numel() == 0 or k.numel() == 0:
-        return []
+        return
     if cu_seqlens is None:
         starts, key_starts = [0, q.shape[2]], [0, k.shape[2]]
     else:
         starts = cu_seqlens.tolist()
         key_starts = starts if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    ends = zip(starts, starts[1:], key_starts, key_starts[1:], strict=False)
-    return [block for places in ends for block in _blocks_of(*places, causal, window)]
+    zero = q.new_zeros(())
+    places = zip(starts, starts[1:], key_starts, key_starts[1:], strict=False)
+    for begin, end, key_begin, key_end in places:
+        yield from _blocks_of(begin, end, key_begin, key_end, causal, window, zero)
 
 
 def _blocks_of(
-    begin: int, end: int, key_begin: int, key_end: int, causal: bool, window: int
+    begin: int, end: int, key_begin: int, key_end: int, causal: bool, window: int, zero: Tensor
 ) -> Iterator[Block]:
     """Of one sequence: causal has its last query see its last key."""
     place = (key_end - key_begin) - (end - begin)  # of the first query among the keys
@@ -141,48 +154,28 @@ def _blocks_of(
         begin, place = begin - place, 0
     if begin >= end or key_begin == key_end:
         return
-    keys = slice(key_begin, key_end)
     if not window and (not causal or place == 0 or end - begin == 1):
-        yield Block(slice(begin, end), keys, square=causal and end - begin > 1)
+        yield slice(begin, end), slice(key_begin, key_end), causal and end - begin > 1, None
         return
     for first in range(begin, end, CHUNK):
         last = min(first + CHUNK, end)
         here = place + first - begin
         low = max(0, here - window + 1) if window else 0
-        high = key_begin + place + last - begin if causal else key_end
-        yield Block(slice(first, last), slice(key_begin + low, high), place=here - low)
-
-
-def _whole(blocks: list[Block], q: Tensor, k: Tensor) -> Block | None:
-    """The block of all queries and keys, where there is one."""
-    everything = (slice(0, q.shape[2]), slice(0, k.shape[2]))
-    return blocks[0] if blocks and blocks[0][:2] == everything else None
-
-
-def _mask(block: Block, causal: bool, window: int, q: Tensor) -> Tensor | None:
-    """0 where a query sees a key, -inf elsewhere."""
-    if block.place is None:
-        return None
-    queries, keys = (s.stop - s.start for s in (block.queries, block.keys))
-    i = torch.arange(block.place, block.place + queries, device=q.device)[:, None]
-    j = torch.arange(keys, device=q.device)
-    hidden = torch.zeros(queries, keys, dtype=torch.bool, device=q.device)
-    if causal:
-        hidden |= j > i
-    if window:
-        hidden |= j <= i - window
-    return torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(
-        hidden, -torch.inf
-    )
+        high = place + last - begin if causal else key_end - key_begin
+        i = torch.arange(here, here + last - first, device=zero.device)[:, None]
+        j = torch.arange(low, high, device=zero.device)
+        hidden = (j > i) & causal
+        if window:
+            hidden |= j <= i - window
+        mask = zero.expand(hidden.shape).masked_fill(hidden, -torch.inf)
+        yield slice(first, last), slice(key_begin + low, key_begin + high), False, mask
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, block: Block, causal: bool, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, square: bool, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    mask = _mask(block, causal, window, q)
-    q, k, v = q[:, :, block.queries], k[:, :, block.keys], v[:, :, block.keys]
     found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, block.square, attn_mask=mask, scale=scale
+        q, k, v, 0.0, square, attn_mask=mask, scale=scale
     )
     return found
 
@@ -194,16 +187,12 @@ def _flash_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    block: Block,
-    causal: bool,
-    window: int,
+    square: bool,
+    mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _mask(block, causal, window, q)
-    grad, q, out, lse = (t[:, :, block.queries] for t in (grad, q, out, lse))
-    k, v = k[:, :, block.keys], v[:, :, block.keys]
     run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     found: tuple[Tensor, Tensor, Tensor] = run(
-        grad, q, k, v, out, lse, 0.0, block.square, attn_mask=mask, scale=scale
+        grad, q, k, v, out, lse, 0.0, square, attn_mask=mask, scale=scale
     )
     return found

@@ -93,7 +93,7 @@ def run_native(name: str, impl: str, tensor: torch.Tensor, *arguments: Any) -> N
 
     The type of its elements follows the arguments, then the number of threads or the stream.
     """
-    run = getattr(extension(), f"{name}_{impl}")
+    run = _kernel(name, impl)
     kind = TYPES[tensor.dtype]
     if impl == "cpu":
         run(*arguments, kind, torch.get_num_threads())
@@ -103,6 +103,12 @@ def run_native(name: str, impl: str, tensor: torch.Tensor, *arguments: Any) -> N
         error = run(*arguments, kind, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"the kernel {name}_{impl} could not start: CUDA error {error}")
+
+
+@lru_cache(maxsize=64)
+def _kernel(name: str, impl: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(extension(), f"{name}_{impl}")
+    return found
 
 
 def wrote(*tensors: torch.Tensor) -> None:

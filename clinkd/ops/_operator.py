@@ -42,6 +42,8 @@ class Operator:
         torch.library.register_fake(full, fake, lib=LIBRARY)
         self._run = run
         self._registered = getattr(torch.ops.clinkd, name).default
+        kinds = [str(argument.type) for argument in self._registered._schema.arguments]
+        self._tensors = [place for place, kind in enumerate(kinds) if "Tensor" in kind]
         self._with_gradient: Callable[..., Any] = self._registered  # torch says there is none
         if save is not None and gradient is not None:
             torch.library.register_autograd(full, gradient, setup_context=save, lib=LIBRARY)
@@ -52,14 +54,15 @@ class Operator:
         if torch.compiler.is_compiling() or _watched():
             return self._registered(*arguments)
         learns = False
-        for tensor in arguments:
-            if isinstance(tensor, Tensor):
-                if type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg():
-                    return self._registered(*arguments)
-                learns = learns or tensor.requires_grad
-        if learns and torch.is_grad_enabled():
-            return self._with_gradient(*arguments)
-        return self._run(*arguments)
+        for place in self._tensors:
+            tensor = arguments[place]
+            if tensor is None:
+                continue
+            if type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg():
+                return self._registered(*arguments)
+            learns = learns or tensor.requires_grad
+        run = self._with_gradient if learns and torch.is_grad_enabled() else self._run
+        return run(*arguments)
 
 
 def _function(

@@ -27,12 +27,12 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    keep, key_positions = rest[-2], rest[1]
-    packed = q.dim() == 3
-    shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
-    lse = q.new_empty(shape, dtype=_attention_cpu.lse_type(q.dtype))
+    *options, keep, impl = rest
+    lse = _attention_cpu.empty_lse(q)
+    if impl == "triton":
+        lse = lse.contiguous()
     q_turned = q.new_empty(q.shape if keep else (0,))
-    k_turned = k.new_empty(k.shape if keep and key_positions is not None else (0,))
+    k_turned = k.new_empty(k.shape if keep and options[1] is not None else (0,))
     return q.new_empty(q.shape), lse, q_turned, k_turned
 
 
@@ -47,6 +47,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     starts, key_starts, window = packing
     out, lse, q_turned, k_turned = output
     ctx.mark_non_differentiable(lse, q_turned, k_turned)
+    ctx.set_materialize_grads(False)  # or each of those would get zeros of its size
     k_turned = k if key_positions is None else k_turned
     ctx.save_for_backward(
         out, lse, q_turned, k_turned, v, positions, key_positions, starts, key_starts

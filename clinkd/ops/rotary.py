@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinkd.ops._checks import check_float, checking
+from clinkd.ops._checks import check_float
+from clinkd.ops._finite import check_finite
 from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native, wrote
-from clinkd.ops._later import check_finite_later
 from clinkd.ops._operator import Operator
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
@@ -113,14 +113,8 @@ def check_positions(
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if tracing or torch.compiler.is_compiling() or type(positions) is not Tensor:
         return
-    if device.type == "cuda" and not checking():
-        check_finite_later(name, positions)
-    elif device.type in ("cpu", "cuda"):
-        if math.isfinite(positions.sum().item()):
-            return
-        for place in (~positions.isfinite()).nonzero()[:1].tolist():
-            value = positions[tuple(place)].item()
-            raise ValueError(f"{name} must be finite, got {value} at {place}")
+    if device.type in ("cpu", "cuda"):
+        check_finite(name, positions)
 
 
 @lru_cache(maxsize=256)
@@ -138,8 +132,9 @@ def native_arguments(x: Tensor, out: Tensor, positions: Tensor, spec: int) -> tu
     """What the C++ and CUDA kernels take first: places, sizes, strides [B, S, H, D] and pairs."""
     known = RotarySpec.known[spec]
     axis, hi, lo = spec_tensors(spec, x.device)
-    places = (t.data_ptr() for t in (x, out, positions, axis, hi, lo))
+    tables = (axis.data_ptr(), hi.data_ptr(), lo.data_ptr())
     strides = (x.stride()[:3], out.stride()[:3], positions.stride())
+    places = (x.data_ptr(), out.data_ptr(), positions.data_ptr(), *tables)
     return (*places, x.shape, *strides, known.pairs, known.pair_stride)
 
 

@@ -1,11 +1,11 @@
-"""Positions on a GPU that are not finite: a later call raises, and no host waits."""
+"""Positions that are not finite: an error; on a GPU of a later call, as no host waits."""
 
 import contextlib
 
 import pytest
 import torch
 
-from clinkd.ops import _later, rotary
+from clinkd.ops import _finite, rotary
 from clinkd.rotary import RotarySpec
 
 
@@ -28,9 +28,9 @@ def asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(Event, "done", True)
-    yield _later._asked
-    _later._asked.clear()
-    _later._last.clear()
+    yield _finite._asked
+    _finite._asked.clear()
+    _finite._seen.clear()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -38,12 +38,12 @@ def test_the_next_call_after_the_gpu_is_done_raises(asked, value):
     wrong, right = torch.zeros(2, 3), torch.zeros(2, 3)
     wrong[1, 2] = value
     Event.done = False
-    _later.check_finite_later("key_positions", wrong)
-    _later.check_finite_later("positions", right)
+    _finite.check_finite_later("key_positions", wrong)
+    _finite.check_finite_later("positions", right)
     Event.done = True
     with pytest.raises(ValueError, match="key_positions of an earlier call must be finite, got"):
-        _later.check_finite_later("positions", right)
-    _later.check_finite_later("positions", right)  # and once only
+        _finite.check_finite_later("positions", right)
+    _finite.check_finite_later("positions", right)  # and once only
     assert not asked
 
 
@@ -51,12 +51,12 @@ def test_the_same_tensor_is_looked_at_once(asked):
     Event.done = False
     positions = torch.zeros(2, 3)
     for _ in range(3):
-        _later.check_finite_later("positions", positions)
+        _finite.check_finite_later("positions", positions)
     assert len(asked) == 1
     positions += 1
-    _later.check_finite_later("positions", positions)
-    _later.check_finite_later("positions", positions.clone())
-    _later.check_finite_later("positions", torch.zeros(2, 0))
+    _finite.check_finite_later("positions", positions)
+    _finite.check_finite_later("positions", positions.clone())
+    _finite.check_finite_later("positions", torch.zeros(2, 0))
     assert len(asked) == 3
 
 
@@ -65,14 +65,30 @@ def test_tensors_of_inference_mode(asked):
     with torch.inference_mode():
         positions = torch.zeros(2, 3)
         for _ in range(2):
-            _later.check_finite_later("positions", positions)
+            _finite.check_finite_later("positions", positions)
     assert len(asked) == 1
 
 
 def test_large_positions_are_finite(asked):
     for value in (3e38, -3e38):
-        _later.check_finite_later("positions", torch.full((2, 100), value))
-    _later.check_finite_later("positions", torch.zeros(1))
+        _finite.check_finite_later("positions", torch.full((2, 100), value))
+    _finite.check_finite_later("positions", torch.zeros(1))
+
+
+def test_what_changed_is_looked_at_again():
+    x, positions, spec = torch.ones(1, 3, 2, 32), torch.zeros(2, 1, 3), RotarySpec.split(32)
+    rotary(x, positions, spec)
+    rotary(x, positions, spec)
+    positions[1, 0, 2] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"positions must be finite, got nan at \[1, 0, 2\]"):
+            rotary(x, positions, spec)
+    with torch.inference_mode():
+        positions = torch.zeros(2, 1, 3)
+        rotary(x, positions, spec)
+        positions[0, 0, 0] = torch.inf
+        with pytest.raises(ValueError, match=r"positions must be finite, got inf at \[0, 0, 0\]"):
+            rotary(x, positions, spec)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
