@@ -2,6 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "large_pages.h"
+
 #ifdef CLINKD_WITH_CUDA
 #include <cuda_runtime.h>
 #endif
@@ -17,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
   clinkd::bind_kd_loss(m);
   clinkd::bind_rotary(m);
   clinkd::bind_topk_kd(m);
+  m.def("large_pages", clinkd::large_pages);
 
   m.attr("compiler") = __VERSION__;
 #ifdef CLINKD_WITH_CUDA

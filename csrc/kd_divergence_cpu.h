@@ -11,7 +11,8 @@
 namespace clinkd {
 
 // p g(B (q / p - 1)). `up`: p / q - 1, right where p and q are `near`.
-CLINKD_INLINE F kl_terms(F p, F q, F log_ratio, F up, Vector<W>::ints near, float B) {
+template <int W, typename F = Floats<W>>
+CLINKD_INLINE F kl_terms(F p, F q, F log_ratio, F up, typename Vector<W>::ints near, float B) {
   const F u = B * -up / (1.0f + up);
   const F s = u / (2.0f + u), z = s * s;  // log(1 + u) = 2 atanh(s)
   const F series = 1.0f / 3.0f + z * (1.0f / 5.0f + z * (1.0f / 7.0f + z * (1.0f / 9.0f)));
@@ -19,7 +20,7 @@ CLINKD_INLINE F kl_terms(F p, F q, F log_ratio, F up, Vector<W>::ints near, floa
   const F m = (1.0f - B) * p + B * q;
   F logs = log_ratio;
   if (B < 1.0f) {
-    const F least = zero() + kLeast;
+    const F least = zero<W>() + kLeast;
     logs = (log2<W>(p > least ? p : least) - log2<W>(m > least ? m : least)) * kLn2;
   }
   return near ? close : p > 0.0f ? p * logs - p + m : m;
@@ -27,9 +28,10 @@ CLINKD_INLINE F kl_terms(F p, F q, F log_ratio, F up, Vector<W>::ints near, floa
 
 // The divergence over the columns that both models have, and the mean that its gradient subtracts,
 // from the statistics of the whole row.
-template <typename T>
+template <typename T, int W>
 CLINKD_INLINE void row_divergence(const KDArgs& a, int64_t row, const float* s, double& value,
                                   double& mean) {
+  using F = Floats<W>;
   alignas(64) float z[kBlock], t[kBlock];
   const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
   const T* teacher = static_cast<const T*>(a.teacher) + row * a.teacher_stride;
@@ -44,27 +46,27 @@ CLINKD_INLINE void row_divergence(const KDArgs& a, int64_t row, const float* s, 
   double first = 0.0, second = 0.0;
   for (int64_t begin = 0; begin < common; begin += kBlock) {
     const int count = int(std::min<int64_t>(kBlock, common - begin));
-    fill(student + begin, count, a.softcap, z);
-    fill(teacher + begin, count, a.softcap, t);
-    F firsts = zero(), seconds = zero();
+    fill<W>(student + begin, count, a.softcap, z);
+    fill<W>(teacher + begin, count, a.softcap, t);
+    F firsts = zero<W>(), seconds = zero<W>();
     for (int i = 0; i < count; i += W) {
       const F x = load<W>(z + i), y = load<W>(t + i);
       const F q = exp2<W>((x - s[kSoftTop]) * scale) * s[kSoftInverse];
       const F p = exp2<W>((y - s[kTargetTop]) * scale) * s[kTargetInverse];
       const F r = ((y - x) - tops) * (1.0f / a.temperature) + sums;
-      const Vector<W>::ints near = (r < 0.25f) & (r > -0.25f);
+      const typename Vector<W>::ints near = (r < 0.25f) & (r > -0.25f);
       F up = 1.0f + r * (1.0f / 7.0f);  // expm1(r) by its series
       for (int n = 6; n > 1; --n) up = 1.0f + r * up * (1.0f / float(n));
       up *= r;
-      if (teacher_first) firsts += kl_terms(p, q, r, up, near, B);
-      if (student_first) seconds += kl_terms(q, p, -r, -up / (1.0f + up), near, D);
+      if (teacher_first) firsts += kl_terms<W>(p, q, r, up, near, B);
+      if (student_first) seconds += kl_terms<W>(q, p, -r, -up / (1.0f + up), near, D);
       if (a.divergence == kSkewKL) {
         const F m = a.mix * p + (1.0f - a.mix) * q;
-        seconds += m > kLeast ? q * p / m : zero();
+        seconds += m > kLeast ? q * p / m : zero<W>();
       }
     }
-    first += sum(firsts);
-    second += sum(seconds);
+    first += sum<W>(firsts);
+    second += sum<W>(seconds);
   }
   if (a.divergence == kJSD) {
     value = a.mix * first + (1.0 - a.mix) * second;

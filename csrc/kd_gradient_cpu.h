@@ -18,7 +18,7 @@
 namespace clinkd {
 
 // Powers of e at T = 1 from those at T, where T is a small integer.
-template <int POWER>
+template <int POWER, typename F>
 CLINKD_INLINE F raised(F soft) {
   static_assert(POWER == 1 || POWER == 2);
   if constexpr (POWER == 1) return soft;
@@ -39,17 +39,18 @@ struct Exponentials {
 };
 
 // Gradient of one block, in place of its logits.
-template <int POWER>
+template <int POWER, int W>
 CLINKD_INLINE void block_gradient(const KDArgs& a, const float* s, float ce, float kd, float* z,
                                   const float* t, int count, int shared) {
+  using F = Floats<W>;
   const float scale = kLog2E / a.temperature;
   const float q_log_inverse = std::log2(s[kSoftInverse]);
   const float p_log_inverse = std::log2(s[kTargetInverse]);
   for (int i = 0; i < count; i += W) {
     const F x = load<W>(z + i);
-    F grad = zero();
-    F q = zero();
-    F q_log = zero();
+    F grad = zero<W>();
+    F q = zero<W>();
+    F q_log = zero<W>();
     if (i < shared) {
       q_log = (x - s[kSoftTop]) * scale;
       q = exp2<W>(q_log);
@@ -67,17 +68,17 @@ CLINKD_INLINE void block_gradient(const KDArgs& a, const float* s, float ce, flo
         pull = q - p;
       } else if (a.divergence == kReverseKL) {
         const F ratio = ((q_log + q_log_inverse) - (p_log + p_log_inverse)) * kLn2;
-        pull = q > 0.0f ? q * (ratio - s[kMean]) : zero();
+        pull = q > 0.0f ? q * (ratio - s[kMean]) : zero<W>();
       } else {
         const F m = a.mix * p + (1.0f - a.mix) * q;
-        const F least = zero() + kLeast;
+        const F least = zero<W>() + kLeast;
         const F safe = m > least ? m : least;
         F g;
         if (a.divergence == kJSD)
           g = (1.0f - a.mix) * kLn2 * (log2<W>(q > least ? q : least) - log2<W>(safe));
         else
           g = -(1.0f - a.mix) * p / safe;
-        pull = q > least ? q * (g - s[kMean]) : zero();
+        pull = q > least ? q * (g - s[kMean]) : zero<W>();
       }
       if (i + W > shared)  // past the border of the common columns
         for (int j = shared - i; j < W; ++j) pull[j] = 0.0f;
@@ -87,8 +88,9 @@ CLINKD_INLINE void block_gradient(const KDArgs& a, const float* s, float ce, flo
   }
 }
 
-template <typename T, int POWER>
+template <typename T, int POWER, int W>
 CLINKD_INLINE void row_gradient(const KDArgs& a, int64_t row) {
+  using F = Floats<W>;
   alignas(64) float z[kBlock], t[kBlock], slope[kBlock];
   T* out = static_cast<T*>(a.grad) + row * a.grad_stride;
   const int64_t label = a.labels[row];
@@ -106,25 +108,26 @@ CLINKD_INLINE void row_gradient(const KDArgs& a, int64_t row) {
   for (int64_t begin = 0; begin < a.student_columns; begin += kBlock) {
     const int count = int(std::min<int64_t>(kBlock, a.student_columns - begin));
     const int shared = int(std::clamp<int64_t>(common - begin, 0, count));
-    fill(student + begin, count, a.softcap, z);
+    fill<W>(student + begin, count, a.softcap, z);
     if (a.softcap > 0)
       for (int i = 0; i < count; i += W) {
         const F x = load<W>(z + i) * (1.0f / a.softcap);
         store<W>(slope + i, 1.0f - x * x);
       }
-    if (shared > 0) fill(teacher + begin, shared, a.softcap, t);
-    block_gradient<POWER>(a, s, ce, kd, z, t, count, shared);
+    if (shared > 0) fill<W>(teacher + begin, shared, a.softcap, t);
+    block_gradient<POWER, W>(a, s, ce, kd, z, t, count, shared);
     if (label >= begin && label < begin + count) z[label - begin] -= ce;
     if (a.softcap > 0)
       for (int i = 0; i < count; i += W) store<W>(z + i, load<W>(z + i) * load<W>(slope + i));
-    empty_out(z, count, out + begin, past_caches);
+    empty_out<W>(z, count, out + begin, past_caches);
   }
   if (past_caches) end_streams();
 }
 
 // The same of the forward KL from exponentials that the statistics kept, one for each block.
-template <typename T>
+template <typename T, int W>
 CLINKD_INLINE void row_gradient_of(const KDArgs& a, int64_t row, const Exponentials* kept) {
+  using F = Floats<W>;
   alignas(64) float grad[kBlock];
   T* out = static_cast<T*>(a.grad) + row * a.grad_stride;
   const int64_t label = a.labels[row];
@@ -158,7 +161,7 @@ CLINKD_INLINE void row_gradient_of(const KDArgs& a, int64_t row, const Exponenti
       store<W>(grad + i, from_labels + (q * soft - p * target));
     }
     if (label >= begin && label < begin + count) grad[label - begin] -= ce;
-    empty_out(grad, count, out + begin, past_caches);
+    empty_out<W>(grad, count, out + begin, past_caches);
   }
   if (past_caches) end_streams();
 }

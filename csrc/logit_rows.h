@@ -1,10 +1,6 @@
 // Rows of logits on the CPU: walked over in blocks that stay in the first-level cache, as float32.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -16,40 +12,44 @@
 namespace clinkd {
 
 constexpr int kBlock = 1024;
-constexpr int W = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-using F = Floats<W>;
+template <int W>
+CLINKD_INLINE Floats<W> zero() {
+  return Floats<W>{};
+}
 
-CLINKD_INLINE F zero() { return F{}; }
-
-CLINKD_INLINE float sum(F v) {
+template <int W>
+CLINKD_INLINE float sum(Floats<W> v) {
   float total = 0.0f;
   for (int i = 0; i < W; ++i) total += v[i];
   return total;
 }
-CLINKD_INLINE float largest(F v) {
+template <int W>
+CLINKD_INLINE float largest(Floats<W> v) {
   float top = v[0];
   for (int i = 1; i < W; ++i) top = v[i] > top ? v[i] : top;
   return top;
 }
 
 // cap * tanh(x / cap)
-CLINKD_INLINE F capped(F x, float cap) {
-  const F y = x * (2.0f * kLog2E / cap);
-  const F e = exp2<W>(y > 126.0f ? zero() + 126.0f : y);
+template <int W>
+CLINKD_INLINE Floats<W> capped(Floats<W> x, float cap) {
+  const Floats<W> y = x * (2.0f * kLog2E / cap);
+  const Floats<W> e = exp2<W>(y > 126.0f ? zero<W>() + 126.0f : y);
   return cap * (1.0f - 2.0f / (e + 1.0f));
 }
 
 // `count` logits as float32, filled up with -inf to a multiple of W. Gives the largest.
-template <typename T>
+template <int W, typename T>
 CLINKD_INLINE float fill(const T* row, int count, float cap, float* block) {
-  F top = zero() - kInfinity;
+  using F = Floats<W>;
+  F top = zero<W>() - kInfinity;
   int i = 0;
   for (; i + W <= count; i += W) {
     F x = load<W>(row + i);
-    if (cap > 0) x = capped(x, cap);
+    if (cap > 0) x = capped<W>(x, cap);
     store<W>(block + i, x);
     top = x > top ? x : top;
   }
@@ -57,12 +57,12 @@ CLINKD_INLINE float fill(const T* row, int count, float cap, float* block) {
     alignas(64) T rest[W] = {};
     for (int j = 0; j < count - i; ++j) rest[j] = row[i + j];
     F x = load<W>(rest);
-    if (cap > 0) x = capped(x, cap);
+    if (cap > 0) x = capped<W>(x, cap);
     for (int j = count - i; j < W; ++j) x[j] = -kInfinity;
     store<W>(block + i, x);
     top = x > top ? x : top;
   }
-  return largest(top);
+  return largest<W>(top);
 }
 
 // Whether `count` elements from `out` on are better written past the caches: too many to be read
@@ -74,7 +74,7 @@ CLINKD_INLINE bool can_stream(const T* out, int64_t count) {
 
 // `count` floats of a block, which holds a multiple of W, as elements; `past_caches`: where `out`
 // lies on 16 bytes.
-template <typename T>
+template <int W, typename T>
 CLINKD_INLINE void empty_out(const float* block, int count, T* out, bool past_caches) {
   int i = 0;
   for (; i + W <= count; i += W) {
@@ -120,17 +120,6 @@ void over_rows(const Args& args, int threads, Row run) {
   }
 #pragma omp parallel for num_threads(parts) schedule(dynamic, 1)
   for (int64_t row = 0; row < args.rows; ++row) run(args, row);
-}
-
-// A fresh gradient of hundreds of megabytes costs more in page faults of 4 KB than its arithmetic.
-inline void ask_for_large_pages(void* place, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(place), last = first + bytes;
-  const uintptr_t begin = (first + kPage - 1) / kPage * kPage, end = last / kPage * kPage;
-  // whether the system grants it changes nothing but the time
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace clinkd

@@ -12,6 +12,7 @@
 #include "rotary.h"
 #include "rotary_angle.h"
 #include "vectors.h"
+#include "widest.h"
 
 namespace clinkd {
 namespace {
@@ -54,15 +55,8 @@ CLINKD_INLINE void angles(const RotaryArgs& a, const float* positions, int axes,
     }
   }
   if (a.pair_stride != 1) return;
-  int i = 0;
-  for (; i + 16 <= a.pairs; i += 16) {
-    const Floats<16> pair_cos = load<16>(cos + i), pair_sin = load<16>(sin + i);
-    store<16>(f.cos + 2 * i, interleave_low(pair_cos, pair_cos));
-    store<16>(f.cos + 2 * i + 16, interleave_high(pair_cos, pair_cos));
-    store<16>(f.sin + 2 * i, interleave_low(-pair_sin, pair_sin));
-    store<16>(f.sin + 2 * i + 16, interleave_high(-pair_sin, pair_sin));
-  }
-  for (; i < a.pairs; ++i) {
+#pragma omp simd
+  for (int i = 0; i < a.pairs; ++i) {
     f.cos[2 * i] = f.cos[2 * i + 1] = cos[i];
     f.sin[2 * i] = -sin[i];
     f.sin[2 * i + 1] = sin[i];
@@ -85,18 +79,18 @@ CLINKD_INLINE void turn_neighbours(const T* x, T* out, const float* cos, const f
   store<W>(out, both * load<W>(cos) + swap_neighbours<W>(both) * load<W>(sin));
 }
 
-template <typename T>
+template <int W, typename T>
 CLINKD_INLINE void turn_head(const T* x, T* out, const Factors& f, int pairs, int n) {
   if (n == 1) {
     int i = 0;
-    for (; i + 16 <= 2 * pairs; i += 16) turn_neighbours<16>(x + i, out + i, f.cos + i, f.sin + i);
+    for (; i + W <= 2 * pairs; i += W) turn_neighbours<W>(x + i, out + i, f.cos + i, f.sin + i);
     for (; i < 2 * pairs; i += 2) turn_neighbours<2>(x + i, out + i, f.cos + i, f.sin + i);
     return;
   }
   for (int i = 0; i < pairs; i += n) {
     int j = 0;
-    for (; j + 16 <= n; j += 16)
-      turn_pairs<16>(x + 2 * i + j, out + 2 * i + j, f.cos + i + j, f.sin + i + j, n);
+    for (; j + W <= n; j += W)
+      turn_pairs<W>(x + 2 * i + j, out + 2 * i + j, f.cos + i + j, f.sin + i + j, n);
     for (; j + 4 <= n; j += 4)
       turn_pairs<4>(x + 2 * i + j, out + 2 * i + j, f.cos + i + j, f.sin + i + j, n);
     for (; j < n; ++j)
@@ -117,7 +111,7 @@ CLINKD_INLINE bool can_stream(const RotaryArgs& a) {
 #endif
 }
 
-template <typename T>
+template <int W, typename T>
 CLINKD_INLINE void turn_tokens(const RotaryArgs& a, int64_t begin, int64_t end) {
   Factors factors;
   alignas(64) T buffer[2 * kMaxPairs];
@@ -134,10 +128,10 @@ CLINKD_INLINE void turn_tokens(const RotaryArgs& a, int64_t begin, int64_t end) 
       const T* head = x + h * a.x_stride[2];
       T* turned = out + h * a.out_stride[2];
       if (stream) {
-        turn_head(head, buffer, factors, a.pairs, a.pair_stride);
+        turn_head<W>(head, buffer, factors, a.pairs, a.pair_stride);
         stream_out(turned, buffer, 2 * a.pairs * sizeof(T));
       } else {
-        turn_head(head, turned, factors, a.pairs, a.pair_stride);
+        turn_head<W>(head, turned, factors, a.pairs, a.pair_stride);
       }
       if (rest > 0 && head != turned)
         std::memcpy(turned + 2 * a.pairs, head + 2 * a.pairs, rest * sizeof(T));
@@ -146,22 +140,18 @@ CLINKD_INLINE void turn_tokens(const RotaryArgs& a, int64_t begin, int64_t end) 
   if (stream) end_streams();
 }
 
-CLINKD_CLONES void turn_float32(const RotaryArgs& a, int64_t begin, int64_t end) {
-  turn_tokens<float>(a, begin, end);
-}
-CLINKD_CLONES void turn_float16(const RotaryArgs& a, int64_t begin, int64_t end) {
-  turn_tokens<Float16>(a, begin, end);
-}
-CLINKD_CLONES void turn_bfloat16(const RotaryArgs& a, int64_t begin, int64_t end) {
-  turn_tokens<BFloat16>(a, begin, end);
-}
+template <typename T>
+struct Turn {
+  template <int W>
+  static CLINKD_INLINE void run(const RotaryArgs& a, int64_t begin, int64_t end) {
+    turn_tokens<W, T>(a, begin, end);
+  }
+};
 
 }  // namespace
 
 void rotary_cpu(const RotaryArgs& args, int threads) {
-  auto turn = args.type == kFloat32   ? turn_float32
-              : args.type == kFloat16 ? turn_float16
-                                            : turn_bfloat16;
+  const auto turn = widest_of<Turn, const RotaryArgs&, int64_t, int64_t>(args.type);
   const int64_t tokens = args.batch * args.tokens;
   const int64_t work = tokens * args.heads * args.head_dim;
   const int64_t parts = std::min<int64_t>({threads, tokens, work / kComponentsPerThread});

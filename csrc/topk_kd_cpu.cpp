@@ -14,6 +14,7 @@
 
 #include "logit_rows.h"
 #include "topk_kd.h"
+#include "widest.h"
 
 namespace clinkd {
 namespace {
@@ -24,8 +25,9 @@ CLINKD_INLINE void over_ids(const int32_t* ids, int64_t k, int64_t& next, int64_
   for (; next < k && ids[next] < end; ++next) take(next);
 }
 
-template <typename T>
+template <typename T, int W>
 CLINKD_INLINE void row_tails(const TopKArgs& a, int64_t row) {
+  using F = Floats<W>;
   alignas(64) float z[kBlock];
   const T* student = static_cast<const T*>(a.student) + row * a.student_stride;
   const int32_t* ids = a.ids + row * a.k;
@@ -36,25 +38,25 @@ CLINKD_INLINE void row_tails(const TopKArgs& a, int64_t row) {
   for (int64_t begin = 0; begin < a.columns && !ignored; begin += kBlock) {
     const int count = int(std::min<int64_t>(kBlock, a.columns - begin));
     const int padded = (count + W - 1) / W * W;
-    float top = fill(student + begin, count, a.softcap, z);
+    float top = fill<W>(student + begin, count, a.softcap, z);
     const int64_t before = next;
     over_ids(ids, a.k, next, begin + count, [&](int64_t i) { z[ids[i] - begin] = -kInfinity; });
     if (next != before) {
       F most = load<W>(z);
       for (int i = W; i < padded; i += W) most = load<W>(z + i) > most ? load<W>(z + i) : most;
-      top = largest(most);
+      top = largest<W>(most);
     }
     hard.raise(top, kLog2E);
     soft.raise(top, scale);
     const float level = hard.level();
-    F hards = zero(), softs = zero();
+    F hards = zero<W>(), softs = zero<W>();
     for (int i = 0; i < padded; i += W) {
       const F above = load<W>(z + i) - level;
       hards += exp2<W>(above * kLog2E);
       softs += exp2<W>(above * scale);
     }
-    hard.total += sum(hards);
-    soft.total += sum(softs);
+    hard.total += sum<W>(hards);
+    soft.total += sum<W>(softs);
   }
   float* found = a.statistics + row * kTailStatistics;
   found[kTailTop] = hard.top;
@@ -62,8 +64,9 @@ CLINKD_INLINE void row_tails(const TopKArgs& a, int64_t row) {
   found[kTailSoftInverse] = soft.total == 0 ? 1.0f : float(1.0 / soft.total);
 }
 
-template <typename T>
+template <typename T, int W>
 CLINKD_INLINE void row_gradient(const TopKArgs& a, int64_t row) {
+  using F = Floats<W>;
   alignas(64) float z[kBlock], grad[kBlock];
   T* out = static_cast<T*>(a.grad) + row * a.grad_stride;
   const int64_t label = a.labels[row];
@@ -82,7 +85,7 @@ CLINKD_INLINE void row_gradient(const TopKArgs& a, int64_t row) {
   int64_t next = 0;
   for (int64_t begin = 0; begin < a.columns; begin += kBlock) {
     const int count = int(std::min<int64_t>(kBlock, a.columns - begin));
-    fill(student + begin, count, a.softcap, z);
+    fill<W>(student + begin, count, a.softcap, z);
     for (int i = 0; i < count; i += W) {
       const F above = load<W>(z + i) - level;
       store<W>(grad + i, hard * exp2<W>(above * kLog2E) + soft * exp2<W>(above * scale));
@@ -95,38 +98,35 @@ CLINKD_INLINE void row_gradient(const TopKArgs& a, int64_t row) {
         const F x = load<W>(z + i) * (1.0f / a.softcap);
         store<W>(grad + i, load<W>(grad + i) * (1.0f - x * x));
       }
-    empty_out(grad, count, out + begin, past_caches);
+    empty_out<W>(grad, count, out + begin, past_caches);
   }
   if (past_caches) end_streams();
 }
 
-CLINKD_CLONES void tails_float32(const TopKArgs& a, int64_t row) { row_tails<float>(a, row); }
-CLINKD_CLONES void tails_float16(const TopKArgs& a, int64_t row) { row_tails<Float16>(a, row); }
-CLINKD_CLONES void tails_bfloat16(const TopKArgs& a, int64_t row) { row_tails<BFloat16>(a, row); }
-CLINKD_CLONES void gradient_float32(const TopKArgs& a, int64_t row) { row_gradient<float>(a, row); }
-CLINKD_CLONES void gradient_float16(const TopKArgs& a, int64_t row) {
-  row_gradient<Float16>(a, row);
-}
-CLINKD_CLONES void gradient_bfloat16(const TopKArgs& a, int64_t row) {
-  row_gradient<BFloat16>(a, row);
-}
+template <typename T>
+struct Tails {
+  template <int W>
+  static CLINKD_INLINE void run(const TopKArgs& a, int64_t row) {
+    row_tails<T, W>(a, row);
+  }
+};
+
+template <typename T>
+struct Gradient {
+  template <int W>
+  static CLINKD_INLINE void run(const TopKArgs& a, int64_t row) {
+    row_gradient<T, W>(a, row);
+  }
+};
 
 }  // namespace
 
 void topk_tails_cpu(const TopKArgs& args, int threads) {
-  over_rows(args, threads, args.type == kFloat32   ? tails_float32
-                           : args.type == kFloat16 ? tails_float16
-                                                   : tails_bfloat16);
+  over_rows(args, threads, widest_of<Tails, const TopKArgs&, int64_t>(args.type));
 }
 
 void topk_gradient_cpu(const TopKArgs& args, int threads) {
-  if (args.grad != args.student) {
-    const int64_t size = args.type == kFloat32 ? 4 : 2;
-    ask_for_large_pages(args.grad, args.rows * args.grad_stride * size);
-  }
-  over_rows(args, threads, args.type == kFloat32   ? gradient_float32
-                           : args.type == kFloat16 ? gradient_float16
-                                                   : gradient_bfloat16);
+  over_rows(args, threads, widest_of<Gradient, const TopKArgs&, int64_t>(args.type));
 }
 
 }  // namespace clinkd

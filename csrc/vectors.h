@@ -1,5 +1,5 @@
 // Short vectors of float for kernels on the CPU, and the 16-bit types in memory.
-// GCC's and Clang's vector types: the compiler maps them to whatever the processor has.
+// GCC's and Clang's vector types, as wide as a register: GCC compares wider ones number by number.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,6 @@
 #include <emmintrin.h>
 #endif
 
-// One binary for every x86 processor: the loader picks the widest version that this one runs.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define CLINKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLINKD_CLONES
-#endif
 #define CLINKD_INLINE inline __attribute__((always_inline))
 
 #pragma GCC diagnostic push
@@ -112,20 +106,15 @@ CLINKD_INLINE void store(Float16* place, Floats<W> value) {
   store_halves<W>(place, rounded | ((bits & 0x80000000u) >> 16));
 }
 
-// (a0, b0, a1, b1, …) of the first halves, and of the second
-CLINKD_INLINE Floats<16> interleave_low(Floats<16> a, Floats<16> b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-CLINKD_INLINE Floats<16> interleave_high(Floats<16> a, Floats<16> b) {
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
-                                 31);
-}
-
 // (1, 0, 3, 2, …)
 template <int W>
 CLINKD_INLINE Floats<W> swap_neighbours(Floats<W> v) {
   if constexpr (W == 2) {
     return __builtin_shufflevector(v, v, 1, 0);
+  } else if constexpr (W == 4) {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+  } else if constexpr (W == 8) {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
   } else {
     static_assert(W == 16);
     return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clinkd.ops import _kd_loss_native as native
 from clinkd.ops._impl import built, extension, graph_is_kept, why_not_native, wrote
+from clinkd.ops._memory import large_pages
 
 SWITCH = "CLINKD_KD_CLUSTER"
 KERNELS = {"cpu": "at_once", "cuda": "cluster"}
@@ -80,7 +81,7 @@ def rows_with_gradient(
     """
     *numbers, impl = options
     if grad is None:
-        grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        grad = large_pages(torch.empty(student.shape, dtype=student.dtype, device=student.device))
     ce, kd = (torch.empty(len(labels), device=student.device) for _ in range(2))
     statistics = torch.empty(len(labels), native.STATISTICS, device=student.device)
     native.launch(KERNELS[impl], impl, student, teacher, labels, statistics, numbers,

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from clinkd.ops._impl import graph_is_kept
 from clinkd.ops._kd_at_once import scale_in_place
+from clinkd.ops._memory import large_pages, linear
 
 # of logits at a time, student's and teacher's together; by whether on a GPU, where more rows make
 # faster products
@@ -66,7 +66,9 @@ class RowChunks(torch.autograd.Function):
             compute,
         )
         grads = [
-            torch.empty_like(tensor, dtype=dtype) if need and tensor is not None else None
+            large_pages(torch.empty_like(tensor, dtype=dtype))
+            if need and tensor is not None
+            else None
             for tensor, need, dtype in zip(inputs, needs, widths, strict=True)
         ]
         unwritten = 0 if len(hidden) == 0 else len(weight[:vocab_size])
@@ -81,7 +83,7 @@ class RowChunks(torch.autograd.Function):
         narrow = weight
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            found, grad = score(rows, F.linear(hidden[rows], weight, bias), any(needs))
+            found, grad = score(rows, linear(hidden[rows], weight, bias), any(needs))
             parts += found
             if grad is None:
                 continue

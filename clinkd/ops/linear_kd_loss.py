@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from clinkd.ops._checks import (
@@ -23,6 +22,7 @@ from clinkd.ops._kd_at_once import rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import KD_ROWS, gradient_in_place, operator_options
 from clinkd.ops._kd_mean import KDLoss, item_count
 from clinkd.ops._linear_kd_triton import LinearKDTriton
+from clinkd.ops._memory import linear
 from clinkd.ops._row_chunks import RowChunks, chunk_rows
 from clinkd.ops._vocab_parallel import check_shards, local_options, whole_rows
 from clinkd.ops.kd_loss import IMPLS, require_kernels, why_not
@@ -142,7 +142,7 @@ def linear_kd_loss(
 
         def score(part: slice, logits: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
             hidden, head, bias = teacher
-            target = F.linear(hidden[part], head, bias)
+            target = linear(hidden[part], head, bias)
             if process_group is None:
                 check_rows(logits, target, labels[part], ignore_index, kept[part])
             return _chunk(

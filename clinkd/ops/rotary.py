@@ -10,6 +10,7 @@ from torch import Tensor
 from clinkd.ops._checks import check_float
 from clinkd.ops._finite import check_finite
 from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native, wrote
+from clinkd.ops._memory import large_pages
 from clinkd.ops._operator import Operator
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
@@ -150,7 +151,7 @@ def turn(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> T
     if impl == "reference":
         found = reference_rotary(x, positions, RotarySpec.known[spec], inverse=inverse)
         return found.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = large_pages(torch.empty(x.shape, dtype=x.dtype, device=x.device))
     if x.stride(-1) != 1:
         x = x.contiguous()
     if x.numel() > 0:
