@@ -5,6 +5,7 @@ Environment:
     CLINKD_CUDA_ARCHS  such as "80;90;120", the default; PTX of the last one is added.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -49,8 +50,6 @@ class BuildKernels(build_ext):
         includes = [pybind11.get_include(), *self.compiler.include_dirs]
         command = [*self.compiler.compiler_so, *CXX_FLAGS, *OPENMP, "-Icsrc"]
         command = [part for part in command if part not in ("-g", "-O2", "-Wstrict-prototypes")]
-        build = Path(self.build_temp)
-        build.mkdir(parents=True, exist_ok=True)
         found = find_nvcc()
         archs = os.environ.get("CLINKD_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";")
         jobs = []
@@ -71,6 +70,10 @@ class BuildKernels(build_ext):
             jobs += [(command_cuda, source) for source in cuda_sources]
         command += [*(f"-I{include}" for include in includes), *defines]
         jobs += [(command, source) for source in sources]
+        # beside the sources, so that an editable install, a wheel and the next build share them
+        kind = f"{sys.implementation.cache_tag}-{'cpu' if found is None else 'cuda'}"
+        build = ROOT / "build" / "objects" / kind
+        build.mkdir(parents=True, exist_ok=True)
         objects = [str(build / f"{source.name}.o") for _, source in jobs]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             commands = (
@@ -87,9 +90,27 @@ class BuildKernels(build_ext):
 
     @staticmethod
     def _compile(command: list[str]) -> None:
+        """Run a compiler, unless its output is there already, of the same command and sources."""
+        output, stamp = Path(command[-1]), Path(f"{command[-1]}.made-of")
+        made_of = fingerprint(command)
+        if output.exists() and stamp.exists() and stamp.read_text() == made_of:
+            return
+        stamp.unlink(missing_ok=True)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"clinkd: {' '.join(command)}\n{done.stdout}{done.stderr}")
+        stamp.write_text(made_of)
+
+
+def fingerprint(command: list[str]) -> str:
+    """Of what an object is made of: compiler, flags, its source and every header."""
+    asked = subprocess.run([command[0], "--version"], capture_output=True, check=False)
+    flags = [part for part in command if not part.startswith("-I")]  # pip's folders change
+    source = Path(command[command.index("-c") + 1])
+    headers = (path for path in (ROOT / "csrc").iterdir() if path.suffix in (".h", ".cuh"))
+    parts = [repr(flags).encode(), pybind11.__version__.encode(), asked.stdout]
+    parts += [path.read_bytes() for path in (source, *sorted(headers))]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def static_runtime(toolkit: Path) -> Path:

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "large_pages.h"
+#include "widest.h"
 
 #ifdef CLINKD_WITH_CUDA
 #include <cuda_runtime.h>
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
   clinkd::bind_rotary(m);
   clinkd::bind_topk_kd(m);
   m.def("large_pages", clinkd::large_pages);
+  m.attr("vector_width") = clinkd::vector_width();
 
   m.attr("compiler") = __VERSION__;
 #ifdef CLINKD_WITH_CUDA

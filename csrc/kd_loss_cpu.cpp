@@ -111,11 +111,13 @@ CLINKD_INLINE void row_statistics(const KDArgs& a, int64_t row, Exponentials* ke
       const T *next_z = student + begin + kBlock, *next_t = teacher + begin + kBlock;
       if (POWER > 0 || shared == count) {
         all.raise(top, kLog2E);
-        add_block<POWER, W>(z, t, padded, scale, reverse, all, soft, target, sums, kept, next_z, next_t);
+        add_block<POWER, W>(z, t, padded, scale, reverse, all, soft, target, sums, kept, next_z,
+                            next_t);
         if (kept != nullptr) kept->student_top = soft.top, kept++->teacher_top = target.top;
         all.total += sums[0];
       } else {  // the border of the common columns
-        add_block<0, W>(z, t, padded, scale, reverse, soft, soft, target, sums, nullptr, next_z, next_t);
+        add_block<0, W>(z, t, padded, scale, reverse, soft, soft, target, sums, nullptr, next_z,
+                        next_t);
       }
       soft.total += sums[1];
       target.total += sums[2];

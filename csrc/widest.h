@@ -1,6 +1,8 @@
 // One binary for every x86 processor: kernels for vectors of 16, 8 and 4 floats, of which the widest
-// that this processor has is run.
+// that this processor has is run. CLINKD_VECTORS=8 or 4 in the environment asks for narrower ones.
 #pragma once
+
+#include <cstdlib>
 
 #include "floats.h"
 #include "vectors.h"
@@ -26,12 +28,26 @@ void run_4(Arguments... arguments) {
   Kernel::template run<4>(arguments...);
 }
 
+// Floats of the vectors that run on this processor.
+inline int vector_width() {
+  static const int width = [] {
+    const char* asked = std::getenv("CLINKD_VECTORS");
+    [[maybe_unused]] const int most = asked == nullptr ? 16 : std::atoi(asked);
+#ifdef CLINKD_X86_VERSIONS
+    if (most >= 16 && __builtin_cpu_supports("x86-64-v4")) return 16;
+    if (most >= 8 && __builtin_cpu_supports("x86-64-v3")) return 8;
+#endif
+    return 4;
+  }();
+  return width;
+}
+
 // `Kernel::run<W>`, which must be CLINKD_INLINE, for this processor.
 template <typename Kernel, typename... Arguments>
 auto widest() -> void (*)(Arguments...) {
 #ifdef CLINKD_X86_VERSIONS
-  if (__builtin_cpu_supports("x86-64-v4")) return run_16<Kernel, Arguments...>;
-  if (__builtin_cpu_supports("x86-64-v3")) return run_8<Kernel, Arguments...>;
+  if (vector_width() == 16) return run_16<Kernel, Arguments...>;
+  if (vector_width() == 8) return run_8<Kernel, Arguments...>;
 #endif
   return run_4<Kernel, Arguments...>;
 }

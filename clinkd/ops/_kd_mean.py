@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops import _kd_loss_native as native
+from clinkd.ops._impl import wrote
 
 
 class KDLoss(NamedTuple):
@@ -51,10 +52,11 @@ class MeanOfRows(torch.autograd.Function):
         count: Tensor | int,
         kd_weight: float,
         options: tuple[Any, ...],
+        inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ce, kd, statistics = native.rows(student, teacher, labels, *options)
         ctx.save_for_backward(student, teacher, labels, weight, statistics)
-        ctx.count, ctx.kd_weight, ctx.options = count, kd_weight, options
+        ctx.count, ctx.kd_weight, ctx.options, ctx.inplace = count, kd_weight, options, inplace
         loss, ce, kd = mean_rows(ce, kd, kd_weight, weight, count)
         ctx.mark_non_differentiable(ce, kd)
         return loss, ce, kd
@@ -66,7 +68,11 @@ class MeanOfRows(torch.autograd.Function):
         factor = grad_loss / (ctx.count * (1 + ctx.kd_weight))
         if weight is not None:
             factor = factor * weight.to(torch.float32)
-        grad = native.rows_backward(
-            factor, factor * ctx.kd_weight, student, teacher, labels, statistics, *ctx.options
-        )
-        return (grad, *[None] * 6)
+        given = (factor, factor * ctx.kd_weight, student, teacher, labels, statistics)
+        if ctx.inplace:
+            native.gradient_in_place(*given, *ctx.options)
+            wrote(student)
+            grad = student.detach()
+        else:
+            grad = native.rows_backward(*given, *ctx.options)
+        return (grad, *[None] * 7)

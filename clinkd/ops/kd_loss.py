@@ -15,7 +15,7 @@ from clinkd.ops._checks import (
     check_rows,
     check_weight,
 )
-from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
+from clinkd.ops._impl import native_impl, resolve_impl, why_not_native, wrote
 from clinkd.ops._kd_at_once import WithGradient, rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import KD_ROWS, operator_options
 from clinkd.ops._kd_mean import KDLoss, MeanOfRows, item_count, mean_rows
@@ -40,6 +40,7 @@ def kd_loss(
     num_items: Tensor | int | None = None,
     softcap: float | None = None,
     process_group: dist.ProcessGroup | None = None,
+    inplace: bool = False,
     impl: str = "auto",
 ) -> KDLoss:
     """The distillation loss of logits, see `clinkd.ops.reference.kd_loss` for the formula.
@@ -59,6 +60,9 @@ def kd_loss(
         process_group: the vocabulary is cut over these ranks: rank r gives the logits of columns
             `r * V … (r + 1) * V - 1` of both models (a column that is none: -inf), and the labels
             of the whole vocabulary. All ranks get the loss, each the gradient of its columns.
+        inplace: the gradient takes the place of student_logits, which nobody may need any more;
+            where a graph does, its backward pass raises. Nothing of the logits' size is allocated.
+            A graph of `torch.compile` has its memory from the compiler, and ignores it.
         impl: "auto", "reference", "cpu" or "cuda". The kernels read both logits once for the loss
             and once for the gradient, and keep seven numbers a row between the two; logits of two
             dtypes are widened to the larger first. On the CPU, and on sm_90 with
@@ -94,6 +98,8 @@ def kd_loss(
         require_kernels(impl)
         check_columns(student_logits.shape[1], teacher_logits.shape[1])
     count = item_count(labels, ignore_index, num_items)
+    if inplace and not torch.compiler.is_compiling():
+        _check_inplace(student_logits, dtype, impl, process_group, _has_gradient(weight, count))
     if impl == "reference":
         ce, kd = kd_loss_rows(
             student_logits,
@@ -114,10 +120,37 @@ def kd_loss(
         elif torch.compiler.is_compiling() or _has_gradient(weight, count):
             ce, kd, _ = KD_ROWS(*parts, *options)
         elif _gradient_at_once(*parts[:2], impl):
-            return _loss_with_gradient(parts, options, kd_weight, weight, count)
+            return _loss_with_gradient(parts, options, kd_weight, weight, count, inplace)
         else:
-            return KDLoss(*MeanOfRows.apply(*parts, weight, count, kd_weight, options))
+            return KDLoss(*MeanOfRows.apply(*parts, weight, count, kd_weight, options, inplace))
     return mean_rows(ce, kd, kd_weight, weight, count)
+
+
+def _check_inplace(
+    student: Tensor,
+    dtype: torch.dtype,
+    impl: str,
+    group: dist.ProcessGroup | None,
+    weight_learns: bool,
+) -> None:
+    """Raise unless the gradient can be written over the logits."""
+    if student.is_leaf and student.requires_grad:
+        raise ValueError("inplace must be False where student_logits are a leaf of the graph")
+    if student.dtype != dtype:
+        raise ValueError(
+            f"inplace must be False where student_logits are not {dtype}, the wider type of both "
+            f"models, got {student.dtype}"
+        )
+    if student.stride(1) != 1 or (student.shape[0] > 1 and student.stride(0) < student.shape[1]):
+        raise ValueError(
+            "inplace must be False where columns of student_logits do not lie side by side or rows "
+            f"share memory, got strides {student.stride()}"
+        )
+    if impl == "reference" or group is not None or weight_learns:
+        raise ValueError(
+            "inplace must be False with impl='reference', a process_group or a weight that needs a "
+            "gradient"
+        )
 
 
 def _has_gradient(*factors: Tensor | int | None) -> bool:
@@ -143,14 +176,19 @@ def _loss_with_gradient(
     kd_weight: float,
     weight: Tensor | None,
     count: Tensor | int,
+    inplace: bool,
 ) -> KDLoss:
     """Loss and gradient of logits by `rows_with_gradient`."""
     student, teacher, labels = parts
     factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight
     factor = factor / count / (1 + kd_weight)
+    logits = student.detach()
     ce, kd, grad = rows_with_gradient(
-        factor, factor * kd_weight, student.detach(), teacher, labels, *options
-    )
+        factor, factor * kd_weight, logits, teacher, labels, *options,
+        grad=logits if inplace else None,
+    )  # fmt: skip
+    if inplace:
+        wrote(logits)
     found = mean_rows(ce, kd, kd_weight, weight, count)
     return found._replace(loss=WithGradient.apply(student, found.loss, grad))
 

@@ -1,0 +1,48 @@
+"""Fresh memory in large pages: a request that changes no number."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clinkd.ops import _memory
+
+
+def flags_of(place):
+    """What /proc/self/smaps says of the mapping that holds an address."""
+    found = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(bound, 16) for bound in bounds.groups())
+            found = begin <= place < end
+        elif found and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc/self/smaps")
+def test_large_tensors_ask_for_large_pages():
+    if not _memory.built("large_pages"):
+        pytest.skip("clinkd._C is not built")
+    large = torch.empty(16 << 20, dtype=torch.uint8)
+    assert _memory.large_pages(large) is large
+    assert "hg" in flags_of(large.data_ptr() + (8 << 20))
+    empty = torch.empty(0)
+    assert _memory.large_pages(empty) is empty
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_is_torchs(dtype, biased):
+    hidden, weight = torch.randn(7, 64).to(dtype), torch.randn(900, 64).to(dtype)
+    bias = torch.randn(900).to(dtype) if biased else None
+    assert torch.equal(_memory.linear(hidden, weight, bias), F.linear(hidden, weight, bias))
+
+
+def test_linear_follows_autocast():
+    hidden, weight = torch.randn(7, 64), torch.randn(90, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _memory.linear(hidden, weight, None)
+    assert found.dtype == torch.bfloat16
