@@ -111,10 +111,13 @@ class WithGradient(torch.autograd.Function):
     """A loss whose gradient [N, V] by the logits is known.
 
     It is given out as it is; a backward pass that keeps its graph, and may come again, copies it.
+    `inplace`: it lies where the logits were.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor, inplace: bool) -> Tensor:
+        if inplace:
+            wrote(grad)  # now: before, a view's graph would be made anew; later, this one is void
         ctx.save_for_backward(grad)
         return loss.clone()
 
@@ -123,5 +126,5 @@ class WithGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         if graph_is_kept():
-            return grad * grad_loss.to(grad.dtype), None, None
-        return scale_in_place(grad, grad_loss), None, None
+            return grad * grad_loss.to(grad.dtype), None, None, None
+        return scale_in_place(grad, grad_loss), None, None, None

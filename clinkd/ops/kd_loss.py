@@ -15,7 +15,7 @@ from clinkd.ops._checks import (
     check_rows,
     check_weight,
 )
-from clinkd.ops._impl import native_impl, resolve_impl, why_not_native, wrote
+from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
 from clinkd.ops._kd_at_once import WithGradient, rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import KD_ROWS, operator_options
 from clinkd.ops._kd_mean import KDLoss, MeanOfRows, item_count, mean_rows
@@ -187,10 +187,8 @@ def _loss_with_gradient(
         factor, factor * kd_weight, logits, teacher, labels, *options,
         grad=logits if inplace else None,
     )  # fmt: skip
-    if inplace:
-        wrote(logits)
     found = mean_rows(ce, kd, kd_weight, weight, count)
-    return found._replace(loss=WithGradient.apply(student, found.loss, grad))
+    return found._replace(loss=WithGradient.apply(student, found.loss, grad, inplace))
 
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:

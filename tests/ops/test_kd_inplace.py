@@ -39,6 +39,21 @@ def test_the_same_without_memory_of_its_own(dtype, divergence):
         assert torch.equal(plain, written_over)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_views_of_logits(dtype):
+    """As a causal model gives them: [1, N + 1, V], the last of which has no next token."""
+    hidden, head, target, labels = make(dtype)
+    grads = []
+    for inplace in (False, True):
+        model = hidden.detach().requires_grad_()
+        logits = torch.cat([model, model[:1]])[None] @ head.T
+        shifted = logits[:, :-1].flatten(0, 1)
+        kd_loss(shifted, target, labels, inplace=inplace).loss.backward()
+        grads.append(model.grad)
+        assert torch.equal(logits[0, :-1], shifted)  # a view still
+    assert torch.equal(*grads)
+
+
 def test_without_a_gradient_nothing_is_written():
     hidden, head, target, labels = make(torch.float32)
     logits = (hidden @ head.T).detach()
