@@ -13,7 +13,6 @@ from clinkd.ops.rotary import resolve_rotary, turn, turn_inplace
 
 CHUNK = 256  # queries a mask is made for at once
 
-
 # queries and keys of one call; whether causal, the first query seeing the first key; a mask
 Block = tuple[slice, slice, bool, Tensor | None]
 

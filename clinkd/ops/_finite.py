@@ -1,6 +1,7 @@
 """A look at numbers, once for the same tensor; on a GPU no host waits, and a later call raises."""
 
 import math
+import threading
 import weakref
 from collections import deque
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from clinkd.ops._checks import checking
 
+_lock = threading.Lock()  # models may answer in several threads
 _asked: deque[tuple[torch.cuda.Event, Tensor, str]] = deque()
 # tensors last looked at, and their versions: a model's layers are given the same positions
 _seen: deque[tuple[weakref.ref[Tensor], int]] = deque(maxlen=8)
@@ -36,14 +38,8 @@ def check_finite(name: str, values: Tensor) -> None:
 
 def check_finite_later(name: str, values: Tensor) -> None:
     """Have the GPU look at numbers; raise what is known of earlier ones."""
-    while _asked and _asked[0][0].query():  # type: ignore[no-untyped-call]
-        _, found, of = _asked.popleft()
-        if not math.isfinite(found.item()):
-            _asked.clear()
-            raise ValueError(
-                f"{of} of an earlier call must be finite, got {found.item()}; with CLINKD_CHECK=1 "
-                "in the environment that call itself raises, and says where"
-            )
+    with _lock:
+        _raise_known()
     if values.numel() == 0 or _is_seen(values) or torch.cuda.is_current_stream_capturing():
         return
     _remember(values)
@@ -55,12 +51,23 @@ def check_finite_later(name: str, values: Tensor) -> None:
     _asked.append((event, found, name))
 
 
+def _raise_known() -> None:
+    while _asked and _asked[0][0].query():  # type: ignore[no-untyped-call]
+        _, found, of = _asked.popleft()
+        if not math.isfinite(found.item()):
+            _asked.clear()
+            raise ValueError(
+                f"{of} of an earlier call must be finite, got {found.item()}; with CLINKD_CHECK=1 "
+                "in the environment that call itself raises, and says where"
+            )
+
+
 def _version(values: Tensor) -> int:
     return 0 if values.is_inference() else values._version  # such a tensor has none
 
 
 def _is_seen(values: Tensor) -> bool:
-    return any(ref() is values and version == _version(values) for ref, version in _seen)
+    return any(ref() is values and version == _version(values) for ref, version in tuple(_seen))
 
 
 def _remember(values: Tensor) -> None:
