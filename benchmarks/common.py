@@ -34,14 +34,16 @@ def machine(device: torch.device, **settings: Any) -> dict[str, Any]:
     return {"device": name, "threads": threads, **settings, "torch": torch.__version__}
 
 
-def wall_clock(step: Step, device: torch.device) -> Clock:
-    """Times a step with what Python takes to launch it."""
+def wall_clock(step: Step, device: torch.device, before: Step | None = None) -> Clock:
+    """Times a step with what Python takes to launch it, but not `before`, which runs first."""
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     def clock() -> float:
+        if before is not None:
+            before()
         wait()
         begin = time.perf_counter()
         step()

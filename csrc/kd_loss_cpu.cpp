@@ -191,16 +191,18 @@ auto gradient_of(int type) {
 
 void kd_statistics_cpu(const KDArgs& args, int threads) {
   const auto run = statistics_of(args.type);
-  over_rows(args, threads, [=](const KDArgs& a, int64_t row) { run(a, row, nullptr); });
+  over_rows(args, args.student_columns, threads,
+            [=](const KDArgs& a, int64_t row) { run(a, row, nullptr); });
 }
 
 void kd_divergence_cpu(const KDArgs& args, int threads) {
-  over_rows(args, threads, given_divergence);
+  over_rows(args, args.student_columns, threads, given_divergence);
 }
 
 void kd_gradient_cpu(const KDArgs& args, int threads) {
   const auto run = gradient_of(args.type);
-  over_rows(args, threads, [=](const KDArgs& a, int64_t row) { run(a, row, nullptr); });
+  over_rows(args, args.student_columns, threads,
+            [=](const KDArgs& a, int64_t row) { run(a, row, nullptr); });
 }
 
 void kd_at_once_cpu(const KDArgs& args, int threads) {
@@ -208,7 +210,7 @@ void kd_at_once_cpu(const KDArgs& args, int threads) {
   const auto gradient = gradient_of(args.type);
   const bool keep = args.divergence == kForwardKL && args.softcap == 0 &&
                     args.student_columns == args.teacher_columns;
-  over_rows(args, threads, [=](const KDArgs& a, int64_t row) {
+  over_rows(args, args.student_columns, threads, [=](const KDArgs& a, int64_t row) {
     thread_local std::vector<Exponentials> place;  // as large as a row of both models in float32
     if (keep) place.resize((a.student_columns + kBlock - 1) / kBlock);
     Exponentials* kept = keep ? place.data() : nullptr;

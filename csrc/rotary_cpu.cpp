@@ -98,24 +98,15 @@ CLINKD_INLINE void turn_head(const T* x, T* out, const Factors& f, int pairs, in
   }
 }
 
-// Whether to write past the caches: not in place, too large for them, every head on a cache line.
+// Bring in what comes after next; addresses past the end are no error.
 template <typename T>
-CLINKD_INLINE bool can_stream(const RotaryArgs& a) {
-#ifdef __SSE2__
-  const int64_t bytes = a.batch * a.tokens * a.heads * a.head_dim * sizeof(T);
-  int64_t apart = reinterpret_cast<uintptr_t>(a.out) | 2 * a.pairs * sizeof(T);
-  for (int64_t stride : a.out_stride) apart |= stride * sizeof(T);
-  return a.out != a.x && bytes >= kStreamBytes && apart % 64 == 0;
-#else
-  return false;
-#endif
+CLINKD_INLINE void fetch(const T* head, int64_t components) {
+  for (int64_t i = 0; i < components; i += 64 / sizeof(T)) __builtin_prefetch(head + i);
 }
 
 template <int W, typename T>
 CLINKD_INLINE void turn_tokens(const RotaryArgs& a, int64_t begin, int64_t end) {
   Factors factors;
-  alignas(64) T buffer[2 * kMaxPairs];
-  const bool stream = can_stream<T>(a);
   const int64_t rest = a.head_dim - 2 * a.pairs;
   const int axes = *std::max_element(a.axis, a.axis + a.pairs) + 1;
   for (int64_t token = begin; token < end; ++token) {
@@ -127,17 +118,12 @@ CLINKD_INLINE void turn_tokens(const RotaryArgs& a, int64_t begin, int64_t end) 
     for (int64_t h = 0; h < a.heads; ++h) {
       const T* head = x + h * a.x_stride[2];
       T* turned = out + h * a.out_stride[2];
-      if (stream) {
-        turn_head<W>(head, buffer, factors, a.pairs, a.pair_stride);
-        stream_out(turned, buffer, 2 * a.pairs * sizeof(T));
-      } else {
-        turn_head<W>(head, turned, factors, a.pairs, a.pair_stride);
-      }
+      fetch(head + 2 * a.x_stride[2], a.head_dim);
+      turn_head<W>(head, turned, factors, a.pairs, a.pair_stride);
       if (rest > 0 && head != turned)
         std::memcpy(turned + 2 * a.pairs, head + 2 * a.pairs, rest * sizeof(T));
     }
   }
-  if (stream) end_streams();
 }
 
 template <typename T>

@@ -122,11 +122,11 @@ struct Gradient {
 }  // namespace
 
 void topk_tails_cpu(const TopKArgs& args, int threads) {
-  over_rows(args, threads, widest_of<Tails, const TopKArgs&, int64_t>(args.type));
+  over_rows(args, args.columns, threads, widest_of<Tails, const TopKArgs&, int64_t>(args.type));
 }
 
 void topk_gradient_cpu(const TopKArgs& args, int threads) {
-  over_rows(args, threads, widest_of<Gradient, const TopKArgs&, int64_t>(args.type));
+  over_rows(args, args.columns, threads, widest_of<Gradient, const TopKArgs&, int64_t>(args.type));
 }
 
 }  // namespace clinkd

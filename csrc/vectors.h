@@ -16,8 +16,9 @@
 
 namespace clinkd {
 
-// outputs of this size do not stay in a core's own caches, so reading them for a write is a loss
-constexpr int64_t kStreamBytes = 4 << 20;
+// Outputs of this size leave every cache before anybody reads them: reading their lines for a write
+// is a loss. Smaller ones are often still in the last cache, before and after.
+constexpr int64_t kStreamBytes = 32 << 20;
 
 template <int W>
 struct Vector {
