@@ -4,10 +4,10 @@
         [--output folder]
 
 Forward and backward, V = 151,936. Every result is checked before it is timed; contenders run in
-turn and the median counts. `kd_loss` takes logits, once more with the gradient in their place; `linear_kd_loss` hidden states, with all rows
-labelled and with every tenth. With `--clusters`, on sm_90, ours is there once more, reading the
-logits once (CLINKD_KD_CLUSTER=1). Prints one JSON object a line, then a table; with `--output` also
-writes kd_throughput.jsonl and kd_throughput.png.
+turn and the median counts. `kd_loss` takes logits, once more with the gradient in their place;
+`linear_kd_loss` hidden states, with all rows labelled and with every tenth. With `--clusters`, on
+sm_90, ours is there once more, reading the logits once (CLINKD_KD_CLUSTER=1). Prints one JSON
+object a line, then a table; with `--output` also writes kd_throughput.jsonl and kd_throughput.png.
 """
 
 import importlib.util
