@@ -33,19 +33,22 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator's outputs, see `clinkd.ops._rotary_attention`."""
     impl = resolve_rotary("auto", q.device, q.dtype)
-    q_turned = turn(q, positions, spec, False, impl)
-    k_turned = k if key_positions is None else turn(k, key_positions, spec, False, impl)
+    # torch's kernel takes a head's tokens a few percent faster where they lie side by side
+    q_turned = turn(q, positions, spec, False, impl, heads_first=True)
+    k_turned = k
+    if key_positions is not None:
+        k_turned = turn(k, key_positions, spec, False, impl, heads_first=True)
     q, k, v = _heads_first(q_turned), _heads_first(k_turned), _heads_first(v)
     if _in_one(q, k, causal, cu_seqlens, window):
         out, lse = _flash(q, k, v, causal and q.shape[2] > 1, None, scale)
     else:
-        out = torch.zeros_like(q)
+        out = _zeros(q)
         lse = empty_lse(q.transpose(1, 2)).fill_(-torch.inf)
         for queries, keys, square, mask in _blocks(q, k, causal, cu_seqlens, cu_seqlens_k, window):
             out[:, :, queries], lse[:, :, queries] = _flash(
                 q[:, :, queries], k[:, :, keys], v[:, :, keys], square, mask, scale
             )
-    out = out.transpose(1, 2)
+    out = out.transpose(1, 2).contiguous()  # torch lays it out as q
     if cu_seqlens is not None:
         out, lse = out[0], lse[0]
     # an operator's output may not be its input
@@ -76,7 +79,7 @@ def backward(
         found = _flash_backward(grad, q, k, v, out, lse, square, None, scale)
     else:
         lse = lse if cu_seqlens is None else lse[None]
-        found = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        found = _zeros(q), _zeros(k), _zeros(v)
         for queries, keys, square, mask in _blocks(q, k, causal, cu_seqlens, cu_seqlens_k, window):
             of_q, of_k, of_v = _flash_backward(
                 grad[:, :, queries],
@@ -92,14 +95,14 @@ def backward(
             found[0][:, :, queries] = of_q
             found[1][:, :, keys] += of_k
             found[2][:, :, keys] += of_v
-    of_q, of_k, of_v = (t.transpose(1, 2) for t in found)
+    of_q, of_k, of_v = (t.transpose(1, 2).contiguous() for t in found)
     if cu_seqlens is not None:
         of_q, of_k, of_v = of_q[0], of_k[0], of_v[0]
     impl = resolve_rotary("auto", of_q.device, of_q.dtype)
     turn_inplace(of_q, positions, spec, True, impl)
     if key_positions is not None:
         turn_inplace(of_k, key_positions, spec, True, impl)
-    return of_q, of_k.contiguous(), of_v.contiguous()  # the last two have the layout of what came
+    return of_q, of_k, of_v
 
 
 def empty_lse(q: Tensor) -> Tensor:
@@ -113,6 +116,11 @@ def _heads_first(x: Tensor) -> Tensor:
     x = x if x.dim() == 4 else x[None]
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x.transpose(1, 2)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    """[B, H, S, D] with the heads of a token side by side."""
+    return x.new_zeros(x.transpose(1, 2).shape).transpose(1, 2)
 
 
 def _in_one(q: Tensor, k: Tensor, causal: bool, cu_seqlens: Tensor | None, window: int) -> bool:

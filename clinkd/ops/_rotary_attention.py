@@ -6,6 +6,7 @@ from torch import Tensor
 
 from clinkd.ops import _attention_cpu, _attention_triton
 from clinkd.ops._operator import Operator
+from clinkd.ops.rotary import empty_turned
 
 _IMPLS = {"cpu": _attention_cpu, "triton": _attention_triton}
 
@@ -31,8 +32,10 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     lse = _attention_cpu.empty_lse(q)
     if impl == "triton":
         lse = lse.contiguous()
-    q_turned = q.new_empty(q.shape if keep else (0,))
-    k_turned = k.new_empty(k.shape if keep and options[1] is not None else (0,))
+    on_cpu = impl == "cpu"
+    q_turned = empty_turned(q, on_cpu) if keep else q.new_empty(0)
+    turns_k = keep and options[1] is not None
+    k_turned = empty_turned(k, on_cpu) if turns_k else k.new_empty(0)
     return q.new_empty(q.shape), lse, q_turned, k_turned
 
 

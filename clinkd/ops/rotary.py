@@ -146,12 +146,24 @@ def _launch(x: Tensor, out: Tensor, positions: Tensor, spec: int, inverse: bool,
     run_native("rotary", impl, x, *native_arguments(x, out, positions, spec), inverse)
 
 
-def turn(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> Tensor:
-    """What the operator does: x turned, in memory of its own, all side by side."""
+def empty_turned(x: Tensor, heads_first: bool = False) -> Tensor:
+    """Memory for x turned, see `turn`."""
+    shape = x.transpose(-3, -2).shape if heads_first else x.shape
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    return out.transpose(-3, -2) if heads_first else out
+
+
+def turn(
+    x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str, heads_first: bool = False
+) -> Tensor:
+    """What the operator does: x turned, in memory of its own, all side by side.
+
+    `heads_first`: the tokens of a head lie side by side there, instead of the heads of a token.
+    """
     if impl == "reference":
         found = reference_rotary(x, positions, RotarySpec.known[spec], inverse=inverse)
-        return found.contiguous()
-    out = large_pages(torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        return empty_turned(x, True).copy_(found) if heads_first else found.contiguous()
+    out = large_pages(empty_turned(x, heads_first))
     if x.stride(-1) != 1:
         x = x.contiguous()
     if x.numel() > 0:
@@ -169,7 +181,7 @@ def turn_inplace(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: s
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return empty_turned(x)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
