@@ -13,7 +13,7 @@ from clinkd.ops._memory import large_pages, linear
 
 # of logits at a time, student's and teacher's together; by whether on a GPU, where more rows make
 # faster products
-WORKSPACE_BYTES = {False: 512 << 20, True: 1 << 30}
+WORKSPACE_BYTES = {False: 640 << 20, True: 1 << 30}
 LEAST_ROWS = {False: 64, True: 256}  # fewer would only reread the weights
 
 # (rows, their logits, whether a gradient is needed) -> sums of CE and KD [2], the gradient of the
@@ -34,6 +34,21 @@ def chunk_rows(workspace: int | str, *weights: Tensor) -> int:
     if not isinstance(workspace, int) or workspace < 0:
         raise ValueError(f"workspace must be a number of bytes, 0 or 'auto', got {workspace!r}")
     return max(1, workspace // row)
+
+
+def shares(
+    weight: Tensor | None, labels: Tensor, count: Tensor | int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | int]:
+    """What each row's loss is multiplied by [N], and what the sum of them is then divided by.
+
+    Divided by the count before, the gradient is right as it is made, and the backward pass need not
+    go over it. Not in float16, where what scales a loss up must do so before.
+    """
+    factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight
+    learns = isinstance(count, Tensor) and count.requires_grad
+    if dtype == torch.float16 or learns:
+        return factor, count
+    return factor / count, 1
 
 
 class RowChunks(torch.autograd.Function):

@@ -23,7 +23,7 @@ from clinkd.ops._kd_loss_native import KD_ROWS, gradient_in_place, operator_opti
 from clinkd.ops._kd_mean import KDLoss, item_count
 from clinkd.ops._linear_kd_triton import LinearKDTriton
 from clinkd.ops._memory import linear
-from clinkd.ops._row_chunks import RowChunks, chunk_rows
+from clinkd.ops._row_chunks import RowChunks, chunk_rows, shares
 from clinkd.ops._vocab_parallel import check_shards, local_options, whole_rows
 from clinkd.ops.kd_loss import IMPLS, require_kernels, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
@@ -63,7 +63,7 @@ def linear_kd_loss(
         student_bias: [Vs].
         teacher_bias: [Vt].
         workspace: bytes that the logits of a chunk may take, or "auto" (1 GB and at least
-            256 rows on a GPU, 512 MB and 64 rows elsewhere). 0: no logit is stored at all; Triton
+            256 rows on a GPU, 640 MB and 64 rows elsewhere). 0: no logit is stored at all; Triton
             kernels make them tile by tile, twice for forward_kl and reverse_kl, three times for jsd
             and skew_kl.
         process_group: as for `kd_loss`; rank r gives rows `r * V … (r + 1) * V - 1` of both heads,
@@ -138,7 +138,7 @@ def linear_kd_loss(
                 raise ValueError("vocab_size cannot be given with a process_group: cut the heads")
         kind = (temperature, divergence, beta, skew, ignore_index, softcap, impl)
         rows = chunk_rows(workspace, student_weight[:vocab_size], teacher_weight)
-        factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight
+        factor, count = shares(weight, labels, count, dtype)
 
         def score(part: slice, logits: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
             hidden, head, bias = teacher

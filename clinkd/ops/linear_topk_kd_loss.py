@@ -20,7 +20,7 @@ from clinkd.ops._checks import (
 )
 from clinkd.ops._impl import native_impl, resolve_impl
 from clinkd.ops._kd_mean import KDLoss, item_count
-from clinkd.ops._row_chunks import RowChunks, chunk_rows
+from clinkd.ops._row_chunks import RowChunks, chunk_rows, shares
 from clinkd.ops.kd_loss import IMPLS, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 from clinkd.ops.reference.topk_kd_loss import bucket_loss_rows, topk_kd_loss_rows
@@ -92,7 +92,8 @@ def linear_topk_kd_loss(
     count = item_count(labels, ignore_index, num_items)
     kept = (labels != ignore_index).nonzero().squeeze(1)
     labels = labels[kept]
-    factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight[kept]
+    weight = None if weight is None else weight[kept]
+    factor, count = shares(weight, labels, count, student_hidden.dtype)
     columns = student_weight[:vocab_size].shape[0]
     top = ascending(
         teacher_logits.detach()[kept], teacher_ids[kept], teacher_lse.detach()[kept], columns
