@@ -1,5 +1,8 @@
 """Fresh memory of the CPU: its page faults can take longer than a kernel."""
 
+from functools import lru_cache
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,19 +10,38 @@ from torch import Tensor
 from clinkd.ops._impl import built, extension
 
 LEAST_BYTES = 4 << 20  # of a tensor for which it is worth asking
+_BALLOON = Path("/sys/bus/virtio/drivers/virtio_balloon")  # a virtual machine's, that Linux knows
+_REPORTING = 5  # virtio 1.2, 5.5.3: the guest tells its host which pages are free
 
 
 def large_pages(tensor: Tensor) -> Tensor:
     """The tensor, which nobody has written yet; on Linux its memory comes in pages of 2 MiB.
 
-    Where the system gives large pages to all or to none, nothing changes.
+    Where the system gives large pages to all or to none, nothing changes. Nothing is asked of a
+    virtual machine whose host takes free large pages away: those it has to give back, which takes
+    five times as long as small ones that the machine still has.
     """
     if torch.compiler.is_compiling():
         return tensor
     bytes = tensor.numel() * tensor.element_size()
-    if tensor.device.type == "cpu" and bytes >= LEAST_BYTES and built("large_pages"):
+    if tensor.device.type == "cpu" and bytes >= LEAST_BYTES and _are_worth_asking():
         extension().large_pages(tensor.data_ptr(), bytes)
     return tensor
+
+
+@lru_cache(maxsize=1)
+def _are_worth_asking() -> bool:
+    return built("large_pages") and not host_takes_free_pages(_BALLOON)
+
+
+def host_takes_free_pages(balloon: Path) -> bool:
+    """Whether a device of the balloon's driver reports free pages.
+
+    Args:
+        balloon: folder of the driver; need not exist.
+    """
+    features = [file.read_text() for file in balloon.glob("virtio*/features")]
+    return any(bits[_REPORTING : _REPORTING + 1] == "1" for bits in features)
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

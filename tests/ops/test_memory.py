@@ -23,14 +23,41 @@ def flags_of(place):
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc/self/smaps")
-def test_large_tensors_ask_for_large_pages():
+def test_large_tensors_ask_for_large_pages(monkeypatch):
     if not _memory.built("large_pages"):
         pytest.skip("clinkd._C is not built")
+    monkeypatch.setattr(_memory, "_are_worth_asking", lambda: True)
     large = torch.empty(16 << 20, dtype=torch.uint8)
     assert _memory.large_pages(large) is large
     assert "hg" in flags_of(large.data_ptr() + (8 << 20))
     empty = torch.empty(0)
     assert _memory.large_pages(empty) is empty
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ([], False),
+        (["111110111"], False),
+        (["0"], False),
+        (["0000010"], True),
+        (["0", "111111"], True),
+    ],
+)
+def test_a_host_that_takes_free_pages(tmp_path, features, expected):
+    for number, bits in enumerate(features):
+        (tmp_path / f"virtio{number}").mkdir()
+        (tmp_path / f"virtio{number}" / "features").write_text(f"{bits}\n")
+    assert _memory.host_takes_free_pages(tmp_path) is expected
+    assert not _memory.host_takes_free_pages(tmp_path / "no")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc/self/smaps")
+def test_nothing_is_asked_of_such_a_host(monkeypatch):
+    monkeypatch.setattr(_memory, "_are_worth_asking", lambda: False)
+    # more than malloc ever takes from its heap, where others may have asked
+    large = _memory.large_pages(torch.empty(64 << 20, dtype=torch.uint8))
+    assert "hg" not in flags_of(large.data_ptr() + (8 << 20))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
