@@ -76,10 +76,13 @@ def _extension() -> Iterator[str]:
     if find_spec("clinkd._C") is None:
         yield "clinkd._C: not built (run from a source tree?); pip install . builds it"
         return
-    _C = import_module("clinkd._C")
+    from clinkd.ops._memory import host_takes_free_pages
 
+    _C = import_module("clinkd._C")
     cuda = f"CUDA kernels for sm_{_C.cuda_archs}" if _C.with_cuda else "without CUDA kernels"
     yield f"clinkd._C: built by g++ {_C.compiler}, vectors of {_C.vector_width} floats, {cuda}"
+    if host_takes_free_pages():
+        yield "large pages: not asked for, this virtual machine's host takes free ones away"
 
 
 def _ops() -> Iterator[str]:

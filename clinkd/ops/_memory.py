@@ -31,15 +31,11 @@ def large_pages(tensor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _are_worth_asking() -> bool:
-    return built("large_pages") and not host_takes_free_pages(_BALLOON)
+    return built("large_pages") and not host_takes_free_pages()
 
 
-def host_takes_free_pages(balloon: Path) -> bool:
-    """Whether a device of the balloon's driver reports free pages.
-
-    Args:
-        balloon: folder of the driver; need not exist.
-    """
+def host_takes_free_pages(balloon: Path = _BALLOON) -> bool:
+    """Whether a device of the balloon's driver, whose folder need not exist, reports free pages."""
     features = [file.read_text() for file in balloon.glob("virtio*/features")]
     return any(bits[_REPORTING : _REPORTING + 1] == "1" for bits in features)
 
