@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clinkd.ops import kd_loss, linear_kd_loss
+from clinkd.ops import kd_loss, linear_kd_loss, linear_topk_kd_loss
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 
@@ -136,6 +136,37 @@ def test_any_split_and_order_gives_the_same(cut, seed, weighted):
     a, b = (torch.autograd.grad(loss, (hidden, weight)) for loss in (split, whole))
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("top", [False, True])
+def test_no_pass_over_the_gradients_after_the_loss(dtype, top):
+    """All but float16, which would be rounded to nothing where something scales the loss up."""
+    hidden, weight, teacher, head, labels = (
+        t.detach().to(dtype) if t.is_floating_point() else t for t in make()
+    )
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    logits = (teacher @ head.T).float()
+    if top:
+        values, ids = logits.topk(5)
+        loss = linear_topk_kd_loss(*leaves, values, ids, logits.logsumexp(-1), labels).loss
+    else:
+        loss = linear_kd_loss(*leaves, teacher, head, labels).loss
+    with torch.profiler.profile(record_shapes=True) as profile:
+        grads = torch.autograd.grad(loss, leaves)
+    shapes = [e.input_shapes[0] for e in profile.events() if e.name == "aten::mul_"]
+    assert ([101, 16] in shapes) is (dtype == torch.float16)
+    assert all(grad.abs().max() > 0 for grad in grads)
+
+
+def test_a_count_that_learns():
+    hidden, weight, teacher, head, labels = make()
+    count = torch.tensor(9.0, requires_grad=True)
+    loss = linear_kd_loss(hidden, weight, teacher, head, labels, num_items=count).loss
+    found = torch.autograd.grad(loss, (weight, count))
+    constant = linear_kd_loss(hidden, weight, teacher, head, labels, num_items=9).loss
+    torch.testing.assert_close(found[0], torch.autograd.grad(constant, weight)[0])
+    assert found[1].item() == pytest.approx(-loss.item() / 9, rel=1e-6)
 
 
 def test_a_second_backward_gives_the_same_and_leaves_the_first():

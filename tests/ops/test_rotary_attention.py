@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clinkd.ops import _attention_cpu, rotary_attention
 from clinkd.ops.reference.rotary_attention import rotary_attention as reference
@@ -188,6 +189,24 @@ def test_the_operator_follows_the_rules(impl, name):
     rest = (options.get("key_positions", positions), case.spec.key, True, 0.2)
     rest += (starts, options.get("cu_seqlens_k", starts), 0, True, impl)
     torch.library.opcheck(torch.ops.clinkd.rotary_attention.default, (*leaves, positions, *rest))
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "packed, other keys"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_results_lie_as_compilers_are_told(name, keep):
+    usable("cpu")
+    case = CASES[name]
+    tensors, positions, options = case.make()
+    keys, starts = options.get("key_positions", positions), options.get("cu_seqlens")
+    rest = (case.spec.key, True, 0.2, starts, options.get("cu_seqlens_k", starts))
+    arguments = (*tensors, positions, keys, *rest, options.get("window") or 0, keep, "cpu")
+    run = torch.ops.clinkd.rotary_attention.default
+    found = run(*arguments)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments]
+        told = run(*fake)
+    assert [t.shape for t in found] == [t.shape for t in told]
+    assert [t.stride() for t in found] == [t.stride() for t in told]
 
 
 def test_chunks_of_queries(monkeypatch):
