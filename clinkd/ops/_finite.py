@@ -67,7 +67,8 @@ def _version(values: Tensor) -> int:
 
 
 def _is_seen(values: Tensor) -> bool:
-    return any(ref() is values and version == _version(values) for ref, version in tuple(_seen))
+    version = _version(values)
+    return any(seen == version and ref() is values for ref, seen in tuple(_seen))
 
 
 def _remember(values: Tensor) -> None:

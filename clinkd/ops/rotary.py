@@ -111,8 +111,8 @@ def check_positions(
     if positions.device != device:
         raise ValueError(f"{name} must be on {device}, got {positions.device}")
     # a graph has no numbers, nor has a fake tensor
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing or torch.compiler.is_compiling() or type(positions) is not Tensor:
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch._C._get_tracing_state() or type(positions) is not Tensor:
         return
     if device.type in ("cpu", "cuda"):
         check_finite(name, positions)
