@@ -65,6 +65,10 @@ CLINKD_INLINE float fill(const T* row, int count, float cap, float* block) {
   return largest<W>(top);
 }
 
+// Outputs of this size leave every cache before anybody reads them: reading their lines for a write
+// is a loss. Smaller ones are often still in the last cache, before and after.
+constexpr int64_t kStreamBytes = 32 << 20;
+
 // Whether `count` elements from `out` on are better written past the caches: too many to be read
 // from them later, and on 16 bytes.
 template <typename T>

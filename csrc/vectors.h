@@ -16,10 +16,6 @@
 
 namespace clinkd {
 
-// Outputs of this size leave every cache before anybody reads them: reading their lines for a write
-// is a loss. Smaller ones are often still in the last cache, before and after.
-constexpr int64_t kStreamBytes = 32 << 20;
-
 template <int W>
 struct Vector {
   typedef float floats __attribute__((vector_size(4 * W)));

@@ -25,6 +25,13 @@ def item_count(labels: Tensor, ignore_index: int, num_items: Tensor | int | None
     return (labels != ignore_index).sum().clamp_(min=1) if num_items is None else num_items
 
 
+def has_gradient(*factors: Tensor | int | None) -> bool:
+    """Whether one of what the rows are multiplied by has a gradient."""
+    return torch.is_grad_enabled() and any(
+        isinstance(f, Tensor) and f.requires_grad for f in factors
+    )
+
+
 def mean_rows(
     ce: Tensor, kd: Tensor, kd_weight: float, weight: Tensor | None, count: Tensor | int
 ) -> KDLoss:

@@ -1,5 +1,6 @@
 """Fresh memory of the CPU: its page faults can take longer than a kernel."""
 
+import contextlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from clinkd.ops._impl import built, extension
 
 LEAST_BYTES = 4 << 20  # of a tensor for which it is worth asking
-_BALLOON = Path("/sys/bus/virtio/drivers/virtio_balloon")  # a virtual machine's, that Linux knows
+# driver by which the host of a virtual machine takes memory and gives it back
+_BALLOON = Path("/sys/bus/virtio/drivers/virtio_balloon")
 _REPORTING = 5  # virtio 1.2, 5.5.3: the guest tells its host which pages are free
 
 
@@ -19,7 +21,7 @@ def large_pages(tensor: Tensor) -> Tensor:
 
     Where the system gives large pages to all or to none, nothing changes. Nothing is asked of a
     virtual machine whose host takes free large pages away: those it has to give back, which takes
-    five times as long as small ones that the machine still has.
+    two to four times as long as small ones that the machine still has.
     """
     if torch.compiler.is_compiling():
         return tensor
@@ -36,12 +38,15 @@ def _are_worth_asking() -> bool:
 
 def host_takes_free_pages(balloon: Path = _BALLOON) -> bool:
     """Whether a device of the balloon's driver, whose folder need not exist, reports free pages."""
-    features = [file.read_text() for file in balloon.glob("virtio*/features")]
-    return any(bits[_REPORTING : _REPORTING + 1] == "1" for bits in features)
+    for file in balloon.glob("virtio*/features"):
+        with contextlib.suppress(OSError):  # hidden in this container: as if it were not there
+            if file.read_text()[_REPORTING : _REPORTING + 1] == "1":
+                return True
+    return False
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` without gradient; on the CPU its result has large pages.
+    """`F.linear` without gradient; on the CPU its result asks for large pages.
 
     Args:
         hidden: [N, C].

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clinkd.ops._impl import graph_is_kept
 from clinkd.ops._kd_at_once import scale_in_place
+from clinkd.ops._kd_mean import has_gradient
 from clinkd.ops._memory import large_pages, linear
 
 # of logits at a time, student's and teacher's together; by whether on a GPU, where more rows make
@@ -45,8 +46,7 @@ def shares(
     go over it. Not in float16, where what scales a loss up must do so before.
     """
     factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight
-    learns = isinstance(count, Tensor) and count.requires_grad
-    if dtype == torch.float16 or learns:
+    if dtype == torch.float16 or has_gradient(count):
         return factor, count
     return factor / count, 1
 

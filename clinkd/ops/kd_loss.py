@@ -18,7 +18,7 @@ from clinkd.ops._checks import (
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
 from clinkd.ops._kd_at_once import WithGradient, rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import KD_ROWS, operator_options
-from clinkd.ops._kd_mean import KDLoss, MeanOfRows, item_count, mean_rows
+from clinkd.ops._kd_mean import KDLoss, MeanOfRows, has_gradient, item_count, mean_rows
 from clinkd.ops._vocab_parallel import VocabParallelRows, check_columns
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
@@ -99,7 +99,7 @@ def kd_loss(
         check_columns(student_logits.shape[1], teacher_logits.shape[1])
     count = item_count(labels, ignore_index, num_items)
     if inplace and not torch.compiler.is_compiling():
-        _check_inplace(student_logits, dtype, impl, process_group, _has_gradient(weight, count))
+        _check_inplace(student_logits, dtype, impl, process_group, has_gradient(weight, count))
     if impl == "reference":
         ce, kd = kd_loss_rows(
             student_logits,
@@ -117,7 +117,7 @@ def kd_loss(
         parts = (student_logits.to(dtype), teacher_logits.detach().to(dtype), labels)
         if process_group is not None:
             ce, kd = VocabParallelRows.apply(*parts, process_group, options)
-        elif torch.compiler.is_compiling() or _has_gradient(weight, count):
+        elif torch.compiler.is_compiling() or has_gradient(weight, count):
             ce, kd, _ = KD_ROWS(*parts, *options)
         elif _gradient_at_once(*parts[:2], impl):
             return _loss_with_gradient(parts, options, kd_weight, weight, count, inplace)
@@ -151,13 +151,6 @@ def _check_inplace(
             "inplace must be False with impl='reference', a process_group or a weight that needs a "
             "gradient"
         )
-
-
-def _has_gradient(*factors: Tensor | int | None) -> bool:
-    """Whether one of what the rows are multiplied by has a gradient."""
-    return torch.is_grad_enabled() and any(
-        isinstance(f, Tensor) and f.requires_grad for f in factors
-    )
 
 
 def _gradient_at_once(student: Tensor, teacher: Tensor, impl: str) -> bool:

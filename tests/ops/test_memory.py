@@ -52,6 +52,11 @@ def test_a_host_that_takes_free_pages(tmp_path, features, expected):
     assert not _memory.host_takes_free_pages(tmp_path / "no")
 
 
+def test_a_device_that_cannot_be_read(tmp_path):
+    (tmp_path / "virtio0" / "features").mkdir(parents=True)
+    assert not _memory.host_takes_free_pages(tmp_path)
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc/self/smaps")
 def test_nothing_is_asked_of_such_a_host(monkeypatch):
     monkeypatch.setattr(_memory, "_are_worth_asking", lambda: False)
