@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,11 +10,24 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_float(name: str, tensor: Tensor, dims: int, shape: str) -> None:
+class Form(NamedTuple):
+    """What most checks look at of a tensor: as a key, it has them made once for all alike."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def form(tensor: Tensor | None) -> Form | None:
+    """Its form; None of None."""
+    return None if tensor is None else Form(tensor.shape, tensor.dtype, tensor.device)
+
+
+def check_float(name: str, tensor: Tensor | Form, dims: int, shape: str) -> None:
     """A floating tensor with so many dimensions."""
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be a floating tensor, got {tensor.dtype}")
-    if tensor.dim() != dims:
+    if len(tensor.shape) != dims:
         raise ValueError(f"{name} must be {shape}, got shape {tuple(tensor.shape)}")
 
 

@@ -12,8 +12,9 @@ from clinkd.ops._checks import checking
 
 _lock = threading.Lock()  # models may answer in several threads
 _asked: deque[tuple[torch.cuda.Event, Tensor, str]] = deque()
-# tensors last looked at, and their versions: a model's layers are given the same positions
-_seen: deque[tuple[weakref.ref[Tensor], int]] = deque(maxlen=8)
+# tensors last looked at, the last one first, and their versions: a model's layers are given the
+# same positions
+_seen: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
 
 
 def check_finite(name: str, values: Tensor) -> None:
@@ -28,7 +29,7 @@ def check_finite(name: str, values: Tensor) -> None:
     """
     if values.is_cuda and not checking():
         check_finite_later(name, values)
-    elif values.is_inference() or not _is_seen(values):
+    elif not _is_seen(values) or values.is_inference():
         if not math.isfinite(values.sum().item()):
             for place in (~values.isfinite()).nonzero()[:1].tolist():
                 value = values[tuple(place)].item()
@@ -38,8 +39,9 @@ def check_finite(name: str, values: Tensor) -> None:
 
 def check_finite_later(name: str, values: Tensor) -> None:
     """Have the GPU look at numbers; raise what is known of earlier ones."""
-    with _lock:
-        _raise_known()
+    if _asked:
+        with _lock:
+            _raise_known()
     if values.numel() == 0 or _is_seen(values) or torch.cuda.is_current_stream_capturing():
         return
     _remember(values)
@@ -67,9 +69,12 @@ def _version(values: Tensor) -> int:
 
 
 def _is_seen(values: Tensor) -> bool:
-    version = _version(values)
-    return any(seen == version and ref() is values for ref, seen in tuple(_seen))
+    for ref, version in _seen:
+        if ref() is values:
+            return version == _version(values)
+    return False
 
 
 def _remember(values: Tensor) -> None:
-    _seen.append((weakref.ref(values), _version(values)))
+    global _seen
+    _seen = ((weakref.ref(values), _version(values)), *_seen[:7])

@@ -51,18 +51,18 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Results for all arguments by position."""
-        if torch.compiler.is_compiling() or _watched():
+        if is_watched(*(arguments[place] for place in self._tensors)):
             return self._registered(*arguments)
-        learns = False
-        for place in self._tensors:
-            tensor = arguments[place]
-            if tensor is None:
-                continue
-            if type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg():
-                return self._registered(*arguments)
-            learns = learns or tensor.requires_grad
-        run = self._with_gradient if learns and torch.is_grad_enabled() else self._run
-        return run(*arguments)
+        return self.unwatched(*arguments)
+
+    def unwatched(self, *arguments: Any) -> Any:
+        """Results where `is_watched` said no of the tensors among the arguments."""
+        if torch.is_grad_enabled():
+            for place in self._tensors:
+                tensor = arguments[place]
+                if tensor is not None and tensor.requires_grad:
+                    return self._with_gradient(*arguments)
+        return self._run(*arguments)
 
 
 def _function(
@@ -82,11 +82,27 @@ def _function(
     return type(name, (torch.autograd.Function,), methods)
 
 
-def _watched() -> bool:
-    """Whether something sees the operators that are called."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-        or torch._C._autograd._profiler_enabled()
-    )
+def is_watched(*tensors: Tensor | None) -> bool:
+    """Whether something sees the operators that are called, or numbers are not where they seem.
+
+    The names are bound once: between passes over memory each look at a module costs a microsecond.
+    """
+    if (
+        _is_compiling()
+        or _dispatch_modes()
+        or _are_transforms_active()
+        or _tracing_state()
+        or _is_profiling()
+    ):
+        return True
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg()):
+            return True
+    return False
+
+
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_is_profiling = torch._C._autograd._profiler_enabled

@@ -1,17 +1,17 @@
 """Rotary embedding with real-valued positions on several axes."""
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clinkd.ops._checks import check_float
+from clinkd.ops._checks import Form, check_float
 from clinkd.ops._finite import check_finite
 from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native, wrote
 from clinkd.ops._memory import large_pages
-from clinkd.ops._operator import Operator
+from clinkd.ops._operator import Operator, is_watched
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
 
@@ -47,10 +47,22 @@ def rotary(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: an explicit `impl` that cannot run here.
     """
-    check_rotary("x", x, positions, spec)
-    impl = resolve_rotary(impl, x.device, x.dtype)
+    watched = is_watched(x, positions)
+    fit = _fit if watched else _fit_once
+    impl = fit(
+        x.shape,
+        x.dtype,
+        x.device,
+        positions.shape,
+        positions.dtype,
+        positions.device,
+        spec.key,
+        impl,
+    )
+    check_numbers("positions", positions)
     if not inplace:
-        out: Tensor = _ROTARY(x, positions, spec.key, inverse, impl)
+        run = _ROTARY if watched else _ROTARY.unwatched
+        out: Tensor = run(x, positions, spec.key, inverse, impl)
         return out
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("inplace must be False where x needs a gradient")
@@ -77,11 +89,30 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return why_not_native("rotary", "rotary", impl, device, dtype)
 
 
-def check_rotary(name: str, x: Tensor, positions: Tensor, spec: RotarySpec) -> None:
+def _fit(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    positions_shape: torch.Size,
+    positions_dtype: torch.dtype,
+    positions_device: torch.device,
+    spec: int,
+    impl: str,
+) -> str:
+    """The implementation that runs; raises where x and its positions do not fit each other."""
+    positions = Form(positions_shape, positions_dtype, positions_device)
+    check_rotary("x", Form(shape, dtype, device), positions, RotarySpec.known[spec])
+    return resolve_rotary(impl, device, dtype)
+
+
+_fit_once = lru_cache(maxsize=1024)(_fit)
+
+
+def check_rotary(name: str, x: Tensor | Form, positions: Tensor | Form, spec: RotarySpec) -> None:
     """Raise unless x, called `name`, and its positions fit the spec."""
-    if x.dim() not in (3, 4):
+    if len(x.shape) not in (3, 4):
         raise ValueError(f"{name} must be [B, S, H, D] or [N, H, D], got shape {tuple(x.shape)}")
-    check_float(name, x, x.dim(), "")
+    check_float(name, x, len(x.shape), "")
     if x.shape[-1] != spec.head_dim:
         raise ValueError(
             f"{name} must have the spec's head_dim {spec.head_dim} as its last size, "
@@ -91,7 +122,7 @@ def check_rotary(name: str, x: Tensor, positions: Tensor, spec: RotarySpec) -> N
 
 
 def check_positions(
-    name: str, positions: Tensor, tokens: torch.Size, spec: RotarySpec, device: torch.device
+    name: str, positions: Tensor | Form, tokens: torch.Size, spec: RotarySpec, device: torch.device
 ) -> None:
     """Raise unless float32 on this device, [A, *tokens], with every axis that the spec names."""
     if positions.dtype != torch.float32:
@@ -99,7 +130,7 @@ def check_positions(
             f"{name} must be float32, got {positions.dtype}: use positions.float(), and never "
             "hold them in bfloat16 or float16, which round from 128 and 1,024 on"
         )
-    if positions.dim() != len(tokens) + 1 or positions.shape[1:] != tokens:
+    if len(positions.shape) != len(tokens) + 1 or positions.shape[1:] != tokens:
         raise ValueError(
             f"{name} must be [A, {', '.join(str(n) for n in tokens)}], one a token, "
             f"got shape {tuple(positions.shape)}"
@@ -110,15 +141,19 @@ def check_positions(
         )
     if positions.device != device:
         raise ValueError(f"{name} must be on {device}, got {positions.device}")
+
+
+def check_numbers(name: str, positions: Tensor) -> None:
+    """Raise where a position is not finite, see `rotary`."""
     # a graph has no numbers, nor has a fake tensor
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._get_tracing_state() or type(positions) is not Tensor:
         return
-    if device.type in ("cpu", "cuda"):
+    if positions.is_cpu or positions.is_cuda:
         check_finite(name, positions)
 
 
-@lru_cache(maxsize=256)
+@cache  # as long as `RotarySpec.known`: kernels are given the places
 def spec_tensors(spec: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Axis int32, and speed in quarter turns as a sum of two float32, each [R]."""
     known = RotarySpec.known[spec]
@@ -131,26 +166,42 @@ def spec_tensors(spec: int, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 
 def native_arguments(x: Tensor, out: Tensor, positions: Tensor, spec: int) -> tuple[Any, ...]:
     """What the C++ and CUDA kernels take first: places, sizes, strides [B, S, H, D] and pairs."""
+    tables, form = _native_form(
+        x.shape, x.stride(), out.stride(), positions.stride(), x.device, spec
+    )
+    return (x.data_ptr(), out.data_ptr(), positions.data_ptr(), *tables, *form)
+
+
+@lru_cache(maxsize=1024)
+def _native_form(
+    shape: torch.Size,
+    x_stride: tuple[int, ...],
+    out_stride: tuple[int, ...],
+    positions_stride: tuple[int, ...],
+    device: torch.device,
+    spec: int,
+) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """Places of the tables; sizes, strides and pairs."""
     known = RotarySpec.known[spec]
-    axis, hi, lo = spec_tensors(spec, x.device)
-    tables = (axis.data_ptr(), hi.data_ptr(), lo.data_ptr())
-    strides = (x.stride()[:3], out.stride()[:3], positions.stride())
-    places = (x.data_ptr(), out.data_ptr(), positions.data_ptr(), *tables)
-    return (*places, x.shape, *strides, known.pairs, known.pair_stride)
+    tables = tuple(table.data_ptr() for table in spec_tensors(spec, device))
+    sizes = tuple(shape)
+    if len(sizes) == 3:  # packed: one row
+        sizes, x_stride, out_stride = (1, *sizes), (0, *x_stride), (0, *out_stride)
+        positions_stride = (positions_stride[0], 0, positions_stride[1])
+    strides = (x_stride[:3], out_stride[:3], positions_stride)
+    return tables, (sizes, *strides, known.pairs, known.pair_stride)
 
 
 def _launch(x: Tensor, out: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> None:
     """Run the C++ or CUDA kernel from x to out, whose components lie side by side."""
-    if x.dim() == 3:  # packed: one row
-        x, out, positions = x[None], out[None], positions[:, None]
     run_native("rotary", impl, x, *native_arguments(x, out, positions, spec), inverse)
 
 
 def empty_turned(x: Tensor, heads_first: bool = False) -> Tensor:
     """Memory for x turned, see `turn`."""
-    shape = x.transpose(-3, -2).shape if heads_first else x.shape
-    out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    return out.transpose(-3, -2) if heads_first else out
+    if heads_first:
+        return x.new_empty(x.transpose(-3, -2).shape).transpose(-3, -2)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def turn(

@@ -1,13 +1,17 @@
 """Attention with the rotary embedding inside: queries and keys come in unrotated."""
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from clinkd.ops._checks import check_float
+from clinkd.ops._checks import Form, check_float, form
 from clinkd.ops._impl import resolve_impl, why_not_triton
+from clinkd.ops._operator import is_watched
 from clinkd.ops._rotary_attention import ROTARY_ATTENTION
 from clinkd.ops.reference.rotary_attention import rotary_attention as reference_attention
-from clinkd.ops.rotary import check_positions, check_rotary
+from clinkd.ops.rotary import check_numbers, check_positions, check_rotary
 from clinkd.rotary import RotarySpec
 
 IMPLS = ("auto", "reference", "cpu", "triton")
@@ -57,11 +61,21 @@ def rotary_attention(
     """
     if turned_keys and key_positions is not None:
         raise ValueError("key_positions must be None where turned_keys says k is rotated already")
-    _check(q, k, v, positions, spec, key_positions, cu_seqlens, cu_seqlens_k, window, turned_keys)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    tensors = (q, k, v, positions, key_positions, cu_seqlens, cu_seqlens_k)
+    watched = is_watched(*tensors)
+    fit: Callable[..., str] = _fit if watched else _fit_once
+    impl = fit(*[form(tensor) for tensor in tensors], spec.key, turned_keys, impl)
+    check_numbers("positions", positions)
+    if key_positions is not None:
+        check_numbers("key_positions", key_positions)
+    for name, starts, x in (("cu_seqlens", cu_seqlens, q), ("cu_seqlens_k", cu_seqlens_k, k)):
+        if starts is not None:
+            _check_starts(name, starts, x)
     if key_positions is None and not turned_keys:
         key_positions = positions
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    impl = resolve_attention(impl, q.device, q.dtype)
     if impl == "reference":
         with torch.autocast(q.device.type, enabled=False):  # its products stay as wide as q
             out, lse = reference_attention(
@@ -79,7 +93,8 @@ def rotary_attention(
                 turned_keys=turned_keys,
             )
     else:
-        out, lse = ROTARY_ATTENTION(
+        run = ROTARY_ATTENTION if watched else ROTARY_ATTENTION.unwatched
+        out, lse = run(
             q,
             k,
             v,
@@ -121,22 +136,23 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    spec: RotarySpec,
-    key_positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    window: int | None,
+def _fit(
+    q: Form,
+    k: Form,
+    v: Form,
+    positions: Form,
+    key_positions: Form | None,
+    cu_seqlens: Form | None,
+    cu_seqlens_k: Form | None,
+    spec: int,
     turned_keys: bool,
-) -> None:
-    check_rotary("q", q, positions, spec)
+    impl: str,
+) -> str:
+    """The implementation that runs; raises where the tensors do not fit each other."""
+    check_rotary("q", q, positions, RotarySpec.known[spec])
     packed = cu_seqlens is not None
     shape = "[N, H, D] with cu_seqlens" if packed else "[B, S, H, D] without cu_seqlens"
-    if q.dim() != 4 - packed:
+    if len(q.shape) != 4 - packed:
         raise ValueError(f"q must be {shape}, got shape {tuple(q.shape)}")
     for name, t in (("k", k), ("v", v)):
         check_float(name, t, 4 - packed, shape)
@@ -153,32 +169,36 @@ def _check(
             f"k must have a number of heads that divides q's {q.shape[-2]}, got {k.shape[-2]}"
         )
     if key_positions is not None:
-        check_positions("key_positions", key_positions, k.shape[:-2], spec, q.device)
+        check_positions(
+            "key_positions", key_positions, k.shape[:-2], RotarySpec.known[spec], q.device
+        )
     elif k.shape[:-2] != q.shape[:-2] and not turned_keys:
         raise ValueError(
             "key_positions must be given where there are other keys than queries: "
             f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}"
         )
-    _check_starts("cu_seqlens", cu_seqlens, None, q)
-    _check_starts("cu_seqlens_k", cu_seqlens_k, cu_seqlens, k)
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-
-
-def _check_starts(name: str, starts: Tensor | None, queries: Tensor | None, x: Tensor) -> None:
-    if starts is None:
-        return
-    if starts.dtype != torch.int32 or starts.dim() != 1 or starts.device != x.device:
-        raise TypeError(
-            f"{name} must be int32 [n + 1] on {x.device}, got {starts.dtype} "
-            f"{tuple(starts.shape)} on {starts.device}"
-        )
-    if name == "cu_seqlens_k" and (queries is None or starts.shape != queries.shape):
+    for name, starts in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if starts is not None and (
+            starts.dtype != torch.int32 or len(starts.shape) != 1 or starts.device != q.device
+        ):
+            raise TypeError(
+                f"{name} must be int32 [n + 1] on {q.device}, got {starts.dtype} "
+                f"{tuple(starts.shape)} on {starts.device}"
+            )
+    if cu_seqlens_k is not None and (cu_seqlens is None or cu_seqlens_k.shape != cu_seqlens.shape):
         raise ValueError(
-            "cu_seqlens_k must come with a cu_seqlens of its length, got "
-            f"{None if queries is None else tuple(queries.shape)} and {tuple(starts.shape)}"
+            "cu_seqlens_k must come with a cu_seqlens of its length, got shapes "
+            f"{cu_seqlens and tuple(cu_seqlens.shape)} and {tuple(cu_seqlens_k.shape)}"
         )
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait
+    return resolve_attention(impl, q.device, q.dtype)
+
+
+_fit_once = lru_cache(maxsize=1024)(_fit)
+
+
+def _check_starts(name: str, starts: Tensor, x: Tensor) -> None:
+    """Raise unless they rise from 0 to N; on the CPU alone: elsewhere the host would wait."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         numbers = starts.tolist()
         if numbers[:1] != [0] or numbers[-1] != x.shape[0] or sorted(numbers) != numbers:
             raise ValueError(f"{name} must rise from 0 to N = {x.shape[0]}, got {numbers}")

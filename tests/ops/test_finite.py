@@ -30,7 +30,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(Event, "done", True)
     yield _finite._asked
     _finite._asked.clear()
-    _finite._seen.clear()
+    _finite._seen = ()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
