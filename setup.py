@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -122,20 +122,19 @@ def static_runtime(toolkit: Path) -> Path:
     raise SystemExit(f"clinkd: no libcudart_static.a in {toolkit}; CLINKD_CUDA=0 goes without")
 
 
-packages = ["clinkd"]
-packages += [
-    f"clinkd.{path.parent.relative_to(ROOT / 'clinkd').as_posix().replace('/', '.')}"
-    for path in sorted((ROOT / "clinkd").rglob("__init__.py"))
-    if path.parent != ROOT / "clinkd"
-]
-
 setup(
-    packages=[*packages, "clinkd.configs"],
+    # folders of data among them: setuptools warns of each that is not named
+    packages=[
+        *find_namespace_packages(include=["clinkd", "clinkd.*"], exclude=["*.__pycache__"]),
+        "clinkd.configs",
+        "clinkd.configs.deepspeed",
+    ],
     # the source tree keeps them at its root; clinkd/kernels/__init__.py finds them there
     package_dir={"clinkd.kernels": "kernels", "clinkd.configs": "configs"},
     package_data={
-        "clinkd": ["py.typed", "data/sample/*.jsonl", "data/sample/images/*.png"],
-        "clinkd.report": ["templates/*"],
+        "clinkd": ["py.typed"],
+        "clinkd.data.sample": ["*.jsonl", "images/*.png"],
+        "clinkd.report.templates": ["*"],
         "clinkd.configs": ["*.yaml", "deepspeed/*.json"],
     },
     ext_modules=[Extension("clinkd._C", sources=[])],
