@@ -8,7 +8,6 @@ printed, as one JSON object a line. Beside the wall clock stands the CPU time of
 other work on the machine disturbs less.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -25,7 +24,7 @@ from clinkd.generate import BeamSearcher
 from clinkd.generate.cache import PrefixCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a file
-from benchmarks.common import machine
+from benchmarks.common import machine, parser_of
 
 IMAGE, VOCABULARY, MERGED = 10, 4096, 16  # image token; 16 × 16 merged patches: 256 tokens
 
@@ -146,17 +145,17 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--prompt", type=int, default=600, help="tokens of the longest prompt")
     parser.add_argument("--new", type=int, default=64, help="new tokens")
-    parser.add_argument("--beams", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--beams", type=int, default=3, help="beams of a question")
+    parser.add_argument("--batch", type=int, default=8, help="questions at a time")
+    parser.add_argument("--layers", type=int, default=8, help="of the model")
+    parser.add_argument("--width", type=int, default=512, help="hidden size")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     cuda = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = build_model(args.layers, args.width).to(args.device)

@@ -20,12 +20,14 @@ import torch
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("model", help="folder or hub name of a checkpoint")
     parser.add_argument("--batch", type=int, default=8, help="questions at a time")
     parser.add_argument("--new", type=int, default=64, help="new tokens")
-    parser.add_argument("--beams", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--beams", type=int, default=3, help="beams of a question")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the median counts")
     parser.add_argument("--memory", type=float, default=0.4, help="share of the GPU for vLLM")
     return parser.parse_args()
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,20 @@ Step = Callable[[], Any]
 Clock = Callable[[], float]  # runs a step once; milliseconds
 
 
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help says the first line of a module's text, and every default."""
+    return argparse.ArgumentParser(
+        description=(description or "").split("\n", 1)[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
 def arguments(description: str | None, seconds: float) -> argparse.ArgumentParser:
-    """A parser of what every benchmark takes; `seconds` is the default of one comparison."""
-    parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
+    """A parser of what every throughput benchmark takes; `seconds` of one comparison."""
+    parser = parser_of(description)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="of the tensors")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
     parser.add_argument("--seconds", type=float, default=seconds, help="for each size and op")
     parser.add_argument("--output", type=Path, help="folder for the lines and the plot")
     return parser
@@ -28,10 +37,17 @@ def arguments(description: str | None, seconds: float) -> argparse.ArgumentParse
 
 def machine(device: torch.device, **settings: Any) -> dict[str, Any]:
     """What a line says of where it was measured, and the settings of the run."""
-    is_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     threads = torch.get_num_threads()
     return {"device": name, "threads": threads, **settings, "torch": torch.__version__}
+
+
+def processor() -> str:
+    """Model and widest vectors of the CPU, as far as the system tells."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or platform.machine()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def wall_clock(step: Step, device: torch.device, before: Step | None = None) -> Clock:

@@ -47,8 +47,10 @@ def rows(count: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=30_000)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=30_000, help="answers to evaluate")
     predictions = rows(parser.parse_args().rows)
     start, start_cpu = time.perf_counter(), time.process_time()
     for name in ("clinkd", "strict"):

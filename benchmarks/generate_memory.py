@@ -47,8 +47,12 @@ def measure(count: int, out: "multiprocessing.Queue[dict[str, float]]") -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, nargs="+", default=[100, 1000, 4000])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--questions", type=int, nargs="+", default=[100, 1000, 4000], help="to answer, run by run"
+    )
     context = multiprocessing.get_context("spawn")
     for count in parser.parse_args().questions:
         out = context.Queue()

@@ -169,11 +169,19 @@ def liger_step(
 def main() -> None:
     parser = arguments(__doc__, seconds=6.0)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--rows", default="512,2048,8192" if cuda else "256,1024")
-    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument(
+        "--rows", default="512,2048,8192" if cuda else "256,1024", help="separated by commas"
+    )
+    parser.add_argument("--temperature", type=float, default=2.0, help="of the softmax")
     parser.add_argument("--student", type=int, default=1536, help="hidden size of the student")
-    parser.add_argument("--teacher", type=int, default=3584 if cuda else 1536)
-    parser.add_argument("--ops", default="logits,hidden,tenth")
+    parser.add_argument(
+        "--teacher", type=int, default=3584 if cuda else 1536, help="hidden size of the teacher"
+    )
+    parser.add_argument(
+        "--ops",
+        default="logits,hidden,tenth",
+        help="kd_loss; linear_kd_loss of all rows, of a tenth",
+    )
     parser.add_argument("--clusters", action="store_true", help="clusters of sm_90 too")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)

@@ -240,8 +240,10 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     default = "512,1024,2048,4096,8192,16384,32768" if cuda else "256,512,1024,2048"
     parser.add_argument("--lengths", default=default, help="tokens, separated by commas")
-    parser.add_argument("--shape", default="Qwen2-VL-2B", choices=SHAPES)
-    parser.add_argument("--ops", default="rotary,attention")
+    parser.add_argument(
+        "--shape", default="Qwen2-VL-2B", choices=SHAPES, help="heads of this model"
+    )
+    parser.add_argument("--ops", default="rotary,attention", help="separated by commas")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     where = machine(device, dtype=args.dtype, shape=args.shape)

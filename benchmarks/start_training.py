@@ -132,9 +132,12 @@ def start(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--records", type=int, default=270_000)
-    parser.add_argument("--images", type=int, default=60_000)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n", 1)[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--records", type=int, default=270_000, help="to prepare")
+    parser.add_argument("--images", type=int, default=60_000, help="they are of")
     parser.add_argument("--only-start", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only_start:

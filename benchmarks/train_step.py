@@ -105,8 +105,8 @@ def steps(args: Any, every: int, student: Any, teacher: Any) -> dict[str, Step]:
 
 def main() -> None:
     parser = arguments(__doc__, seconds=60.0)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=2048, help="of a step")
+    parser.add_argument("--layers", type=int, default=2, help="of each model")
     parser.add_argument(
         "--every", type=int, nargs="+", default=[1, 10], help="label every such token"
     )

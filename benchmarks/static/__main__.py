@@ -87,11 +87,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--arch", type=int, choices=ARCHS, action="append")
+    parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="default: all")
     parser.add_argument("--peers", action="store_true", help="nothing but ours beside others'")
     parser.add_argument("--every", action="store_true", help="more sizes, which have no budget")
     parser.add_argument("--update", action="store_true", help="write budgets.json")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile")
     arguments = parser.parse_args()
     book: dict[str, Any] = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {"cases": {}}
     if not arguments.update and book.get("triton") != triton.__version__:
