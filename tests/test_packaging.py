@@ -24,7 +24,9 @@ def test_wheel_without_cuda(tmp_path):
     done = build(tmp_path, CLINKD_CUDA="0")
     assert done.returncode == 0, done.stderr
     assert "building the CPU kernels only" in done.stdout + done.stderr
-    assert "would be ignored" not in done.stdout + done.stderr  # a folder that setup.py does not name
+    assert (
+        "would be ignored" not in done.stdout + done.stderr
+    )  # a folder that setup.py does not name
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in (

@@ -31,7 +31,7 @@ LISTING = """
         /*0050*/              @P1  BRA 0x20 ;
         /*0060*/                   BRA 0x60 ;
 """
-FOUND = Figures(100, 0, 0, 1024, 50, 10, 2, 5, 100, 10, 4, 0, 0)
+FOUND = Figures(100, 0, 0, 1024, 50, 10, 2, 5, 100, 10, 4, 0, 0, 0)
 
 
 def test_reads_loops_and_special_functions():
@@ -46,6 +46,17 @@ def test_reads_loops_and_special_functions():
 def test_a_spill_is_caught():
     for spill in ({"stack": 8}, {"local": 2}):
         assert "spills" in rules(dataclasses.replace(FOUND, **spill), False, None)[0]
+
+
+@pytest.mark.parametrize(("fences", "serial"), [(2, False), (4, True)])
+def test_products_that_wait_for_one_another_are_caught(fences, serial):
+    body = ["WARPGROUP.ARRIVE"] * fences + ["HGMMA.64x64x16.F32.BF16 R4, R8, gdesc[UR8], R4"] * 4
+    lines = [f"        /*{16 * i:04x}*/   {text} ;" for i, text in enumerate([*body, "BRA 0x0"])]
+    code = sass.parse("\t\tFunction : kernel\n" + "\n".join(lines))["kernel"]
+    (loop,) = sass.loops(code)
+    assert sass.is_serial(loop) == serial
+    assert not sass.is_serial(sass.loops(sass.parse(LISTING)["kernel"])[0])
+    assert "wait for one" in rules(dataclasses.replace(FOUND, loops_serial=1), True, None)[0]
 
 
 def test_a_sine_in_a_loop_and_a_longer_loop_are_caught():

@@ -76,6 +76,8 @@ def rules(found: Figures, attention: bool, twin: Figures | None) -> list[str]:
         broken.append(f"spills: {found.stack} bytes of stack, {found.local} loads and stores")
     if attention and found.loops_sine_cosine:
         broken.append(f"{found.loops_sine_cosine} sines and cosines in loops of an attention")
+    if found.loops_serial:
+        broken.append(f"{found.loops_serial} loops in which products wait for one another")
     if twin is not None and twin.loop and found.loop > MOST_FOR_ROTATION * twin.loop:
         broken.append(f"main loop of {found.loop} instructions, {twin.loop} without rotation")
     return broken

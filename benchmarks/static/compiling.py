@@ -44,6 +44,7 @@ class Figures:
         loop: instructions of the main loop; 0: no loop. The next are of it too.
         loop_mma, loop_exp2, loop_other: tensor-core; exponentials; other special functions.
         loops_sine_cosine: sines and cosines in any loop.
+        loops_serial: loops in which tensor-core products wait for one another, see `sass`.
     """
 
     registers: int
@@ -59,6 +60,7 @@ class Figures:
     loop_exp2: int
     loop_other: int
     loops_sine_cosine: int
+    loops_serial: int
 
 
 def compile_triton(case: Case, arch: int) -> Figures:
@@ -166,7 +168,7 @@ def _threads(source: str) -> int:
 
 
 def _figures(usage: dict[str, int], code: list[Any], shared: int, arch: int, warps: int) -> Figures:
-    whole, main = sass.mix(code), sass.main_loop(code)
+    whole, main, loops = sass.mix(code), sass.main_loop(code), sass.loops(code)
     loop = main or sass.Mix(0, 0, {})
     exp2 = loop.special.get("EX2", 0)
     return Figures(
@@ -182,5 +184,6 @@ def _figures(usage: dict[str, int], code: list[Any], shared: int, arch: int, war
         loop_mma=loop.mma,
         loop_exp2=exp2,
         loop_other=sum(loop.special.values()) - exp2,
-        loops_sine_cosine=sum(sass.mix(each).sine_cosine for each in sass.loops(code)),
+        loops_sine_cosine=sum(sass.mix(each).sine_cosine for each in loops),
+        loops_serial=sum(map(sass.is_serial, loops)),
     )

@@ -65,6 +65,15 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
     return found
 
 
+def is_serial(loop: list[Instruction]) -> bool:
+    """Whether ptxas has sm_90's products of a loop wait for one another (its note C7515).
+
+    Then each is fenced by WARPGROUP instructions; else they are few for a whole dot.
+    """
+    opcodes = [instruction.opcode.split(".")[0] for instruction in loop]
+    return 0 < opcodes.count("HGMMA") <= opcodes.count("WARPGROUP")
+
+
 def mix(code: list[Instruction]) -> Mix:
     special: dict[str, int] = {}
     for instruction in code:
