@@ -56,6 +56,9 @@ class RotarySpec:
     known: ClassVar[dict[int, "RotarySpec"]] = {}
 
     def __post_init__(self) -> None:
+        # as Python's own numbers, whatever they came as: the key is made of how they are written
+        object.__setattr__(self, "axis", tuple(int(axis) for axis in self.axis))
+        object.__setattr__(self, "inv_freq", tuple(float(speed) for speed in self.inv_freq))
         pairs = len(self.axis)
         _check_head_dim(self.head_dim)
         if len(self.inv_freq) != pairs:
@@ -79,6 +82,10 @@ class RotarySpec:
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         object.__setattr__(self, "key", int.from_bytes(digest, "big") >> 1)
         RotarySpec.known[self.key] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # made again where it is loaded, so that the ops know it there
+        return RotarySpec, (self.head_dim, self.axis, self.inv_freq, self.pair_stride)
 
     @property
     def pairs(self) -> int:

@@ -5,8 +5,8 @@ Nothing of transformers is subclassed or changed: a few objects of this one mode
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -72,17 +72,17 @@ def apply(
     if impl != "eager":
         for layer in text.layers:
             layer.self_attn.rotary = (spec, impl)
-            layer.self_attn.forward = MethodType(text_attention, layer.self_attn)
+            layer.self_attn.forward = partial(text_attention, layer.self_attn)
         for block in vision.blocks:
             block.attn.rotary = (vision.rotary_pos_emb.spec, impl)
             block.attn.attention = attention
-            block.attn.forward = MethodType(vision_attention, block.attn)
+            block.attn.forward = partial(vision_attention, block.attn)
     if attention != "sdpa":
         text.attention = attention
         text.layout_hook = text.register_forward_pre_hook(lay_out, with_kwargs=True)
     inner.clinkd_positions = positions
-    inner.get_rope_index = MethodType(_rope_index, inner)
-    inner.compute_3d_position_ids = MethodType(_position_ids, inner)
+    inner.get_rope_index = partial(_rope_index, inner)
+    inner.compute_3d_position_ids = partial(_position_ids, inner)
     for each in {id(c): c for c in (model.config, config)}.values():
         setattr(each, CONFIG_KEY, positions.to_dict())
     return model

@@ -4,6 +4,7 @@ from clinkd.ops._kd_mean import KDLoss
 from clinkd.ops.kd_loss import kd_loss
 from clinkd.ops.linear_kd_loss import linear_kd_loss
 from clinkd.ops.linear_topk_kd_loss import linear_topk_kd_loss
+from clinkd.ops.prefix_decode_attention import prefix_decode_attention
 from clinkd.ops.rotary import rotary
 from clinkd.ops.rotary_append import rotary_append
 from clinkd.ops.rotary_attention import rotary_attention
@@ -14,6 +15,7 @@ __all__ = [
     "kd_loss",
     "linear_kd_loss",
     "linear_topk_kd_loss",
+    "prefix_decode_attention",
     "rotary",
     "rotary_append",
     "rotary_attention",

@@ -31,6 +31,15 @@ def check_float(name: str, tensor: Tensor | Form, dims: int, shape: str) -> None
         raise ValueError(f"{name} must be {shape}, got shape {tuple(tensor.shape)}")
 
 
+def check_logits(name: str, logits: Tensor, shape: str) -> None:
+    """Floating [N, V] with V above 0."""
+    check_float(name, logits, 2, shape)
+    if logits.shape[1] == 0:
+        raise ValueError(
+            f"{name} must be {shape} with at least one column, got {tuple(logits.shape)}"
+        )
+
+
 def check_labels(labels: Tensor, rows: int) -> None:
     """int64, one a row."""
     if labels.dtype != torch.int64:
@@ -79,8 +88,17 @@ def check_devices(labels: Tensor, **others: Tensor | None) -> None:
 
 def check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
     """[V], of a head [V, C]."""
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is None:
+        return
+    if bias.shape != weight.shape[:1]:
         raise ValueError(f"{name} must be [V] = [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+    _check_same(name, bias, "the head", weight)
+
+
+def _check_same(name: str, tensor: Tensor, of: str, other: Tensor) -> None:
+    """One dtype for the matrix product, unless autocast sees to it."""
+    if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        raise TypeError(f"{name} must be {other.dtype} as {of} is, got {tensor.dtype}")
 
 
 def checking() -> bool:
@@ -97,6 +115,7 @@ def check_head(name: str, hidden: Tensor, weight: Tensor) -> None:
             f"{name}_weight must be [V, C] with C = "
             f"{hidden.shape[1]} as in {name}_hidden and V above 0, got shape {tuple(weight.shape)}"
         )
+    _check_same(f"{name}_weight", weight, f"{name}_hidden", hidden)
 
 
 def check_vocab_size(size: int | None, weight: Tensor) -> None:

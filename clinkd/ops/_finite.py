@@ -39,10 +39,12 @@ def check_finite(name: str, values: Tensor) -> None:
 
 def check_finite_later(name: str, values: Tensor) -> None:
     """Have the GPU look at numbers; raise what is known of earlier ones."""
+    if torch.cuda.is_current_stream_capturing():  # which a question to the device would end
+        return
     if _asked:
         with _lock:
             _raise_known()
-    if values.numel() == 0 or _is_seen(values) or torch.cuda.is_current_stream_capturing():
+    if values.numel() == 0 or _is_seen(values):
         return
     _remember(values)
     found = torch.empty((), dtype=values.dtype, device="cpu", pin_memory=values.is_cuda)

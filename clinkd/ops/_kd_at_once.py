@@ -17,6 +17,7 @@ from torch import Tensor
 from clinkd.ops import _kd_loss_native as native
 from clinkd.ops._impl import built, extension, graph_is_kept, why_not_native, wrote
 from clinkd.ops._memory import large_pages
+from clinkd.ops._operator import first_order
 
 SWITCH = "CLINKD_KD_CLUSTER"
 KERNELS = {"cpu": "at_once", "cuda": "cluster"}
@@ -82,8 +83,7 @@ def rows_with_gradient(
     *numbers, impl = options
     if grad is None:
         grad = large_pages(torch.empty(student.shape, dtype=student.dtype, device=student.device))
-    ce, kd = (torch.empty(len(labels), device=student.device) for _ in range(2))
-    statistics = torch.empty(len(labels), native.STATISTICS, device=student.device)
+    ce, kd, statistics = native.empty_rows(student)
     native.launch(KERNELS[impl], impl, student, teacher, labels, statistics, numbers,
                   sums=(ce, kd), factors=(ce_factor, kd_factor), grad=grad)  # fmt: skip
     return ce, kd, grad
@@ -93,12 +93,13 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
     """Multiply a gradient by a number on its device, unless that is 1; a GPU's host does not wait.
 
     Args:
-        grad: of any shape; of [N, V] a GPU's kernel reads the number before it touches anything.
+        grad: of any shape; of rows [N, V] a GPU's kernel reads the number before it touches them.
         factor: of no dimensions.
     """
-    if grad.dim() != 2 or why_not_native("scaling", "kd_scale", "cuda", grad.device, grad.dtype):
+    rows = grad.dim() == 2 and grad.stride(1) == 1
+    if not rows or why_not_native("scaling", "kd_scale", "cuda", grad.device, grad.dtype):
         if grad.device.type != "cpu" or factor != 1:  # only there the number is at hand
-            grad.mul_(factor.to(grad.dtype))
+            grad.mul_(factor)  # which is not rounded to the gradient's type
         return grad
     none = torch.empty(0, dtype=torch.int64, device=grad.device)
     native.launch("scale", "cuda", grad, grad, none, None, (1.0, 0, 0.0, 0, 0.0),
@@ -122,9 +123,9 @@ class WithGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         if graph_is_kept():
-            return grad * grad_loss.to(grad.dtype), None, None, None
+            return grad * grad_loss, None, None, None
         return scale_in_place(grad, grad_loss), None, None, None

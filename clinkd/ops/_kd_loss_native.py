@@ -42,9 +42,7 @@ def rows(
     """CE and KD of each row [N], and what the gradient needs [N, STATISTICS]; all float32."""
     student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
     numbers = (temperature, divergence, mix, ignore_index, softcap)
-    rows = student.shape[0]
-    ce, kd = (torch.empty(rows, dtype=torch.float32, device=student.device) for _ in range(2))
-    statistics = torch.empty(rows, STATISTICS, dtype=torch.float32, device=student.device)
+    ce, kd, statistics = empty_rows(student)
     launch("statistics", impl, student, teacher, labels, statistics, numbers, sums=(ce, kd))
     return ce, kd, statistics
 
@@ -58,7 +56,7 @@ def _divergence(
     """
     *numbers, impl = options
     student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
-    value, mean = (torch.empty(len(labels), device=student.device) for _ in range(2))
+    value, mean, _ = empty_rows(student)
     launch("divergence", impl, student, teacher, labels, statistics, numbers, sums=(mean, value))
     return torch.stack([value, mean], dim=1)
 
@@ -114,10 +112,11 @@ def launch(
     run_native(f"kd_{part}", impl, student, places, sizes + steps, *options)
 
 
-def _fake(student: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def empty_rows(student: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what is known of each row of [N, Vs]: two numbers and the statistics, float32."""
     rows = student.shape[0]
-    ce, kd = (student.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return ce, kd, student.new_empty(rows, STATISTICS, dtype=torch.float32)
+    first, second = (student.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return first, second, student.new_empty(rows, STATISTICS, dtype=torch.float32)
 
 
 def _fake_backward(ce_factor: Tensor, kd_factor: Tensor, student: Tensor, *_: Any) -> Tensor:
@@ -152,7 +151,7 @@ KD_ROWS = Operator(
     "kd_rows",
     f"(Tensor student, Tensor teacher, Tensor labels, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     rows,
-    _fake,
+    empty_rows,
     _save,
     _backward,
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from clinkd.ops import _kd_loss_native as native
 from clinkd.ops._impl import wrote
+from clinkd.ops._operator import first_order
 
 
 class KDLoss(NamedTuple):
@@ -22,7 +23,14 @@ class KDLoss(NamedTuple):
 
 def item_count(labels: Tensor, ignore_index: int, num_items: Tensor | int | None) -> Tensor | int:
     """What a sum over tokens is divided by; default: labelled tokens, at least 1, on the device."""
+    if isinstance(num_items, Tensor):
+        return num_items.reshape(())
     return (labels != ignore_index).sum().clamp_(min=1) if num_items is None else num_items
+
+
+def weight_of_counted(weight: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor | None:
+    """Factors of the tokens [N], 0 of those that count for nothing, whatever was given for them."""
+    return None if weight is None else weight.masked_fill(labels == ignore_index, 0)
 
 
 def has_gradient(*factors: Tensor | int | None) -> bool:
@@ -37,6 +45,7 @@ def mean_rows(
 ) -> KDLoss:
     """Sum over tokens, divided by `count`, without the host waiting."""
     if weight is not None:
+        weight = weight.to(ce.dtype)
         ce, kd = ce * weight, kd * weight
     ce, kd = ce.sum() / count, kd.sum() / count
     return KDLoss(torch.add(ce, kd, alpha=kd_weight) / (1 + kd_weight), ce.detach(), kd.detach())
@@ -69,7 +78,7 @@ class MeanOfRows(torch.autograd.Function):
         return loss, ce, kd
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, labels, weight, statistics = ctx.saved_tensors
         factor = grad_loss / (ctx.count * (1 + ctx.kd_weight))

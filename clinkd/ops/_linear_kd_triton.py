@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._checks import checking, raise_first
+from clinkd.ops._operator import first_order
 
 BANDS = 16  # of the vocabulary, each walked over by one program for each tile of rows
 BAND_BYTES = 24 << 20  # of the logits' gradient, one band at a time
@@ -82,7 +83,7 @@ class LinearKDTriton(torch.autograd.Function):
         return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         student, whole, bias, teacher, teacher_head, teacher_bias, labels, weight, merged = (
             ctx.saved_tensors

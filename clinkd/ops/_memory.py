@@ -56,7 +56,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     given = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     if hidden.device.type != "cpu" or given:  # `out` neither follows the one nor helps the other
         return F.linear(hidden, weight, bias)
-    out = large_pages(torch.empty(len(hidden), len(weight), dtype=hidden.dtype))
+    out = large_pages(hidden.new_empty(len(hidden), len(weight)))
     if bias is None:
         return torch.mm(hidden, weight.T, out=out)
     return torch.addmm(bias, hidden, weight.T, out=out)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -42,16 +43,30 @@ class Operator:
         torch.library.register_fake(full, fake, lib=LIBRARY)
         self._run = run
         self._registered = getattr(torch.ops.clinkd, name).default
-        kinds = [str(argument.type) for argument in self._registered._schema.arguments]
+        schema_of = self._registered._schema
+        kinds = [str(argument.type) for argument in schema_of.arguments]
         self._tensors = [place for place, kind in enumerate(kinds) if "Tensor" in kind]
-        self._with_gradient: Callable[..., Any] = self._registered  # torch says there is none
+        self._with_gradient: Callable[..., Any] = self._registered
         if save is not None and gradient is not None:
             torch.library.register_autograd(full, gradient, setup_context=save, lib=LIBRARY)
             self._with_gradient = _function(name, run, save, gradient).apply
+        elif not schema_of.is_mutable:  # else torch warns, and goes on without
+
+            def none(*_: Any) -> Any:
+                raise NotImplementedError(f"{full} has no derivative; its reference has")
+
+            torch.library.register_autograd(full, none, lib=LIBRARY)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Results for all arguments by position."""
-        if is_watched(*(arguments[place] for place in self._tensors)):
+        """Results for all arguments by position.
+
+        Raises:
+            NotImplementedError: forward-mode differentiation.
+        """
+        tensors = [arguments[place] for place in self._tensors]
+        if is_watched(*tensors):
+            if not _is_compiling() and _is_forward_mode():
+                _refuse_tangents(self._registered.name(), tensors)
             return self._registered(*arguments)
         return self.unwatched(*arguments)
 
@@ -83,7 +98,12 @@ def _function(
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
-    """Whether something sees the operators that are called, or numbers are not where they seem.
+    """Whether something sees the operators that are called, or numbers are not where they seem."""
+    return is_traced(*tensors) or _is_profiling()
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether a call goes into a graph, or a tensor's numbers are not where they seem to be.
 
     The names are bound once: between passes over memory each look at a module costs a microsecond.
     """
@@ -92,13 +112,44 @@ def is_watched(*tensors: Tensor | None) -> bool:
         or _dispatch_modes()
         or _are_transforms_active()
         or _tracing_state()
-        or _is_profiling()
+        or _is_forward_mode()
     ):
         return True
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg()):
             return True
     return False
+
+
+def _is_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _refuse_tangents(name: str, tensors: list[Tensor | None]) -> None:
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        _, tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+        if tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative; clinkd.ops.reference has"
+            )
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`once_differentiable`, which also says no where only saved tensors have a gradient.
+
+    torch's own asks whether the incoming gradients need one, and a loss's does not: a penalty on
+    its gradient would count for nothing.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not _is_compiling():
+            grads = tuple(None if g is None else g.detach().requires_grad_() for g in grads)
+        return once(ctx, *grads)
+
+    return run
 
 
 _is_compiling = torch.compiler.is_compiling

@@ -11,6 +11,7 @@ from clinkd.ops._impl import graph_is_kept
 from clinkd.ops._kd_at_once import scale_in_place
 from clinkd.ops._kd_mean import has_gradient
 from clinkd.ops._memory import large_pages, linear
+from clinkd.ops._operator import first_order
 
 # of logits at a time, student's and teacher's together; by whether on a GPU, where more rows make
 # faster products
@@ -54,6 +55,8 @@ def shares(
 class RowChunks(torch.autograd.Function):
     """Gradients are made in the forward pass, chunk by chunk, and scaled in the backward pass.
 
+    `learns`: whether gradients are on, which torch does not tell a function.
+
     Rows of the head from `vocab_size` on take no part: their gradient is zero.
     Gives the loss, which has the gradient, and the sums of CE and KD [2].
     """
@@ -69,8 +72,9 @@ class RowChunks(torch.autograd.Function):
         chunk_rows: int,
         group: dist.ProcessGroup | None,
         vocab_size: int | None,
+        learns: bool,
     ) -> tuple[Tensor, Tensor]:
-        needs = ctx.needs_input_grad[:3]
+        needs = [learns and need for need in ctx.needs_input_grad[:3]]
         compute = torch.promote_types(hidden.dtype, torch.float32)
         inputs = (hidden, weight, bias)
         chunks = -(-len(hidden) // chunk_rows)
@@ -124,7 +128,7 @@ class RowChunks(torch.autograd.Function):
         return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         grads = []
@@ -132,9 +136,9 @@ class RowChunks(torch.autograd.Function):
         for present in ctx.present:
             grad = next(saved) if present else None
             if grad is not None:
-                grad = grad * grad_loss.to(grad.dtype) if kept else scale_in_place(grad, grad_loss)
+                grad = grad * grad_loss if kept else scale_in_place(grad, grad_loss)
             grads.append(grad)
-        return (*grads, *([None] * 5))
+        return (*grads, *([None] * 6))
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clinkd.ops._kd_loss_native import KD_DIVERGENCE, KD_ROWS, KD_ROWS_BACKWARD
+from clinkd.ops._operator import first_order
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 IGNORED = -1
@@ -37,7 +38,7 @@ class VocabParallelRows(torch.autograd.Function):
         return ce, kd
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor) -> tuple[Any, ...]:
         student, teacher = ctx.saved_tensors
         grad = KD_ROWS_BACKWARD(

@@ -10,6 +10,7 @@ from clinkd.ops._checks import (
     check_devices,
     check_float,
     check_labels,
+    check_logits,
     check_num_items,
     check_options,
     check_rows,
@@ -18,7 +19,15 @@ from clinkd.ops._checks import (
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_native
 from clinkd.ops._kd_at_once import WithGradient, rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import KD_ROWS, operator_options
-from clinkd.ops._kd_mean import KDLoss, MeanOfRows, has_gradient, item_count, mean_rows
+from clinkd.ops._kd_mean import (
+    KDLoss,
+    MeanOfRows,
+    has_gradient,
+    item_count,
+    mean_rows,
+    weight_of_counted,
+)
+from clinkd.ops._operator import is_traced
 from clinkd.ops._vocab_parallel import VocabParallelRows, check_columns
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
@@ -59,10 +68,11 @@ def kd_loss(
         softcap: Gemma's logit cap, in both models.
         process_group: the vocabulary is cut over these ranks: rank r gives the logits of columns
             `r * V … (r + 1) * V - 1` of both models (a column that is none: -inf), and the labels
-            of the whole vocabulary. All ranks get the loss, each the gradient of its columns.
+            of the whole vocabulary. All ranks get the loss, each the gradient of its columns. A
+            softcap makes -inf finite: with one, cut a vocabulary that all ranks can share evenly.
         inplace: the gradient takes the place of student_logits, which nobody may need any more;
             where a graph does, its backward pass raises. Nothing of the logits' size is allocated.
-            A graph of `torch.compile` has its memory from the compiler, and ignores it.
+            A traced graph, as of `torch.compile`, has its memory from the compiler, and ignores it.
         impl: "auto", "reference", "cpu" or "cuda". The kernels read both logits once for the loss
             and once for the gradient, and keep seven numbers a row between the two; logits of two
             dtypes are widened to the larger first. On the CPU, and on sm_90 with
@@ -76,7 +86,7 @@ def kd_loss(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: an explicit `impl` that cannot run here.
     """
-    check_float("student_logits", student_logits, 2, "[N, Vs]")
+    check_logits("student_logits", student_logits, "[N, Vs]")
     check_float("teacher_logits", teacher_logits, 2, "[N, Vt]")
     check_labels(labels, student_logits.shape[0])
     if teacher_logits.shape[0] != student_logits.shape[0]:
@@ -90,6 +100,7 @@ def kd_loss(
     check_devices(
         labels, student_logits=student_logits, teacher_logits=teacher_logits, weight=weight
     )
+    weight = weight_of_counted(weight, labels, ignore_index)
     if process_group is None:
         check_rows(student_logits, teacher_logits, labels, ignore_index)
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
@@ -98,7 +109,8 @@ def kd_loss(
         require_kernels(impl)
         check_columns(student_logits.shape[1], teacher_logits.shape[1])
     count = item_count(labels, ignore_index, num_items)
-    if inplace and not torch.compiler.is_compiling():
+    traced = is_traced(student_logits, teacher_logits, labels, weight)
+    if inplace and not traced:
         _check_inplace(student_logits, dtype, impl, process_group, has_gradient(weight, count))
     if impl == "reference":
         ce, kd = kd_loss_rows(
@@ -117,7 +129,7 @@ def kd_loss(
         parts = (student_logits.to(dtype), teacher_logits.detach().to(dtype), labels)
         if process_group is not None:
             ce, kd = VocabParallelRows.apply(*parts, process_group, options)
-        elif torch.compiler.is_compiling() or has_gradient(weight, count):
+        elif traced or has_gradient(weight, count):
             ce, kd, _ = KD_ROWS(*parts, *options)
         elif _gradient_at_once(*parts[:2], impl):
             return _loss_with_gradient(parts, options, kd_weight, weight, count, inplace)
@@ -134,8 +146,11 @@ def _check_inplace(
     weight_learns: bool,
 ) -> None:
     """Raise unless the gradient can be written over the logits."""
-    if student.is_leaf and student.requires_grad:
-        raise ValueError("inplace must be False where student_logits are a leaf of the graph")
+    for logits in (student, student._base):  # a view's own memory
+        if logits is not None and logits.is_leaf and logits.requires_grad:
+            raise ValueError(
+                "inplace must be False where student_logits are a leaf of the graph, or lie in one"
+            )
     if student.dtype != dtype:
         raise ValueError(
             f"inplace must be False where student_logits are not {dtype}, the wider type of both "

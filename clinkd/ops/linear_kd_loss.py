@@ -68,7 +68,7 @@ def linear_kd_loss(
             and skew_kl.
         process_group: as for `kd_loss`; rank r gives rows `r * V … (r + 1) * V - 1` of both heads,
             all of them the same hidden states, whose gradient is summed over the ranks. All ranks
-            have as many rows of each head: pad with rows whose bias is -inf.
+            have as many rows of each head: pad with rows whose bias is -inf, unless with a softcap.
         vocab_size: rows of the student's head that stand for tokens; the rest, which pads the head
             to a round size, takes no part and gets a zero gradient. Of a teacher give
             `teacher_weight[:size]`. Default: all.
@@ -121,7 +121,7 @@ def linear_kd_loss(
     if workspace == 0:
         _require_no_storage(process_group, device, dtype)
         for name, rows_of, head in (("student", *student[:2]), ("teacher", *teacher[:2])):
-            if rows_of.dtype != head.dtype:
+            if rows_of.dtype != head.dtype:  # autocast
                 raise TypeError(
                     f"{name}_weight must be {rows_of.dtype} as {name}_hidden is for workspace=0, "
                     f"got {head.dtype}"
@@ -150,7 +150,8 @@ def linear_kd_loss(
                 needs_grad,
             )  # fmt: skip
 
-        loss, parts = RowChunks.apply(*student, score, kd_weight, rows, process_group, vocab_size)
+        settings = (kd_weight, rows, process_group, vocab_size, torch.is_grad_enabled())
+        loss, parts = RowChunks.apply(*student, score, *settings)
     parts = parts.detach() / count
     return KDLoss(loss / count, parts[0], parts[1])
 

@@ -134,8 +134,9 @@ def linear_topk_kd_loss(
         return sums, logits
 
     rows = chunk_rows(workspace, student_weight[:vocab_size])
+    settings = (kd_weight, rows, None, vocab_size, torch.is_grad_enabled())
     loss, parts = RowChunks.apply(
-        student_hidden[kept], student_weight, student_bias, score, kd_weight, rows, None, vocab_size
+        student_hidden[kept], student_weight, student_bias, score, *settings
     )
     parts = parts.detach() / count
     return KDLoss(loss / count, parts[0], parts[1])

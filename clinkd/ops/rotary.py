@@ -1,7 +1,7 @@
 """Rotary embedding with real-valued positions on several axes."""
 
 import math
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from clinkd.ops._checks import Form, check_float
 from clinkd.ops._finite import check_finite
 from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native, wrote
 from clinkd.ops._memory import large_pages
-from clinkd.ops._operator import Operator, is_watched
+from clinkd.ops._operator import Operator, is_traced, is_watched
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
 
@@ -145,23 +145,26 @@ def check_positions(
 
 def check_numbers(name: str, positions: Tensor) -> None:
     """Raise where a position is not finite, see `rotary`."""
-    # a graph has no numbers, nor has a fake tensor
-    compiling = torch.compiler.is_compiling()
-    if compiling or torch._C._get_tracing_state() or type(positions) is not Tensor:
-        return
-    if positions.is_cpu or positions.is_cuda:
+    if (positions.is_cpu or positions.is_cuda) and not is_traced(positions):
         check_finite(name, positions)
 
 
-@cache  # as long as `RotarySpec.known`: kernels are given the places
+# kept for good, as `RotarySpec.known` is: kernels are given the places
+_TABLES: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+
 def spec_tensors(spec: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Axis int32, and speed in quarter turns as a sum of two float32, each [R]."""
-    known = RotarySpec.known[spec]
-    speed = torch.tensor(known.inv_freq, dtype=torch.float64) * (2 / math.pi)
-    hi = speed.float()
-    lo = (speed - hi).float()
-    axis = torch.tensor(known.axis, dtype=torch.int32)
-    return axis.to(device), hi.to(device), lo.to(device)
+    found = _TABLES.get((spec, device))
+    if found is None:
+        known = RotarySpec.known[spec]
+        speed = torch.tensor(known.inv_freq, dtype=torch.float64, device="cpu") * (2 / math.pi)
+        hi = speed.float()
+        lo = (speed - hi).float()
+        axis = torch.tensor(known.axis, dtype=torch.int32, device="cpu")
+        made = axis.to(device), hi.to(device), lo.to(device)
+        found = _TABLES.setdefault((spec, device), made)  # of two threads the first one's stay
+    return found
 
 
 def native_arguments(x: Tensor, out: Tensor, positions: Tensor, spec: int) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from clinkd.ops._checks import checking, raise_first
 from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native, wrote
 from clinkd.ops._operator import Operator
 from clinkd.ops.reference.rotary_append import rotary_append as reference_append
-from clinkd.ops.rotary import check_rotary, native_arguments
+from clinkd.ops.rotary import check_numbers, check_rotary, native_arguments
 from clinkd.rotary import RotarySpec
 
 IMPLS = ("auto", "reference", "cpu", "cuda")
@@ -66,6 +66,7 @@ def _check(
     if k.dim() != 4:
         raise ValueError(f"k must be [B, S, H, D], got shape {tuple(k.shape)}")
     check_rotary("k", k, positions, spec)
+    check_numbers("positions", positions)
     B, S, H, D = k.shape
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clinkd.ops._checks import Form, check_float, form
 from clinkd.ops._impl import resolve_impl, why_not_triton
-from clinkd.ops._operator import is_watched
+from clinkd.ops._operator import is_traced, is_watched
 from clinkd.ops._rotary_attention import ROTARY_ATTENTION
 from clinkd.ops.reference.rotary_attention import rotary_attention as reference_attention
 from clinkd.ops.rotary import check_numbers, check_positions, check_rotary
@@ -198,7 +198,7 @@ _fit_once = lru_cache(maxsize=1024)(_fit)
 
 def _check_starts(name: str, starts: Tensor, x: Tensor) -> None:
     """Raise unless they rise from 0 to N; on the CPU alone: elsewhere the host would wait."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not is_traced(starts):
         numbers = starts.tolist()
         if numbers[:1] != [0] or numbers[-1] != x.shape[0] or sorted(numbers) != numbers:
             raise ValueError(f"{name} must rise from 0 to N = {x.shape[0]}, got {numbers}")

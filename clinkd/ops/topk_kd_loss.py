@@ -9,6 +9,7 @@ from clinkd.ops._checks import (
     check_devices,
     check_float,
     check_labels,
+    check_logits,
     check_num_items,
     check_options,
     check_rows,
@@ -16,7 +17,7 @@ from clinkd.ops._checks import (
     check_weight,
 )
 from clinkd.ops._impl import native_impl, resolve_impl
-from clinkd.ops._kd_mean import KDLoss, item_count, mean_rows
+from clinkd.ops._kd_mean import KDLoss, item_count, mean_rows, weight_of_counted
 from clinkd.ops._topk_kd_native import TOPK_ROWS
 from clinkd.ops.kd_loss import IMPLS, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES
@@ -59,7 +60,7 @@ def topk_kd_loss(
         TypeError, ValueError: an argument that does not fit; the message names it.
         RuntimeError: an explicit `impl` that cannot run here.
     """
-    check_float("student_logits", student_logits, 2, "[N, Vs]")
+    check_logits("student_logits", student_logits, "[N, Vs]")
     check_labels(labels, student_logits.shape[0])
     check_top(teacher_logits, teacher_ids, teacher_lse, labels.shape[0])
     check_top_rows(teacher_logits, teacher_lse, labels, ignore_index)
@@ -95,6 +96,7 @@ def topk_kd_loss(
         )
         ce, kd = bucket_loss_rows(top, tail, soft_tail, picked, logits, lse, labels, **kind)
     count = item_count(labels, ignore_index, num_items)
+    weight = weight_of_counted(weight, labels, ignore_index)
     return mean_rows(ce, kd, kd_weight, weight, count)
 
 

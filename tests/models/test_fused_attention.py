@@ -229,18 +229,18 @@ def test_rule_of_a_gpu(stock, make_batch, side, monkeypatch, calls):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_square_mask(build_model, packed):
-    """A mask of two rows of 1,024 tokens would be 2 MiB."""
+    """A mask of three rows of 1,024 tokens would be 3 MiB; a buffer of torch's, for two threads, 2."""
     model = fused(build_model("qwen2_vl"), attention="auto")
-    ids = torch.randint(14, 60, (2, 1024), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(14, 60, (3, 1024), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "use_cache": False}
     if packed:
-        inputs["position_ids"] = (torch.arange(1024) % 100).expand(4, 2, -1)
+        inputs["position_ids"] = (torch.arange(1024) % 100).expand(4, 3, -1)
     else:
-        inputs["attention_mask"] = (torch.arange(1024) > torch.tensor([[5], [-1]])).long()
+        inputs["attention_mask"] = (torch.arange(1024) > torch.tensor([[5], [-1], [-1]])).long()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         model.model(**inputs).last_hidden_state.sum().backward()
-    assert max(e.self_cpu_memory_usage for e in profile.events()) < 2 << 20
+    assert max(e.self_cpu_memory_usage for e in profile.events()) < 3 << 20
 
 
 def test_autocast(stock, make_batch):
