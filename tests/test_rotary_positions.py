@@ -2,6 +2,9 @@
 
 import json
 import math
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -288,6 +291,27 @@ def test_partial_rope():
 def test_interleaved_sections():
     spec = RotarySpec.mrope(16, (4, 2, 2), interleaved=True)
     assert spec.axis == (0, 1, 2, 0, 1, 2, 0, 0)
+
+
+def test_specs_come_out_of_a_pickle_known():
+    """Another process has not made them: the ops find a spec by its key."""
+    code = (
+        "import pickle, sys; from clinkd.rotary import RotarySpec;"
+        "spec = pickle.loads(sys.stdin.buffer.read());"
+        "assert RotarySpec.known[spec.key] == spec"
+    )
+    given = pickle.dumps(RotarySpec.rope(32, base=777.0))
+    subprocess.run([sys.executable, "-c", code], input=given, check=True)
+
+
+def test_specs_of_tensors_of_numbers():
+    """The key is made of the numbers, not of how a tensor writes them: 1.2345e-03."""
+    specs = [
+        RotarySpec(32, tuple(torch.zeros(16).int()), tuple(torch.full((16,), speed)), 16)
+        for speed in (0.001, 0.001 + 1e-8)
+    ]
+    assert specs[0].key != specs[1].key
+    assert specs[0] == RotarySpec(32, (0,) * 16, (torch.tensor(0.001).item(),) * 16, 16)
 
 
 def test_specs_are_values():

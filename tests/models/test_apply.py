@@ -234,3 +234,12 @@ def test_errors(build_model):
     model.config.model_type = "llama"
     with pytest.raises(ConfigError, match="can be applied to qwen2_vl"):
         models.apply(model)
+
+
+def test_a_model_saved_whole(stock, make_batch, tmp_path):
+    model = models.apply(stock, PositionConfig("warm"))
+    inputs = make_batch("right")
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)

@@ -229,7 +229,7 @@ def test_rule_of_a_gpu(stock, make_batch, side, monkeypatch, calls):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_square_mask(build_model, packed):
-    """A mask of three rows of 1,024 tokens would be 3 MiB; a buffer of torch's, for two threads, 2."""
+    """A mask of three rows of 1,024 tokens would be 3 MiB; torch has a buffer of 2."""
     model = fused(build_model("qwen2_vl"), attention="auto")
     ids = torch.randint(14, 60, (3, 1024), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "use_cache": False}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clinkd.ops import rotary, rotary_attention
+from clinkd.ops import rotary, rotary_append, rotary_attention
 from clinkd.rotary import RotarySpec
 
 SPEC = RotarySpec.split(32)
@@ -34,6 +34,9 @@ def test_checking_names_a_position_that_is_not_finite(value, monkeypatch):
     monkeypatch.setenv("CLINKD_CHECK", "1")
     with pytest.raises(ValueError, match=rf"positions must be finite, got {value} at \[1, 0, 7\]"):
         rotary(x, positions, SPEC)
+    cache, starts = torch.zeros_like(x), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="positions must be finite"):
+        rotary_append(x, x, positions, SPEC, cache, cache.clone(), starts)
     for wrong in ({"positions": positions}, {"key_positions": positions}):
         places = {"positions": torch.zeros(2, 1, 20)} | wrong
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be finite"):
