@@ -1,6 +1,6 @@
 """A loss of hidden states through an output head: a chunk of the logits exists at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,12 +52,74 @@ def shares(
     return factor / count, 1
 
 
-class RowChunks(torch.autograd.Function):
-    """Gradients are made in the forward pass, chunk by chunk, and scaled in the backward pass.
-
-    `learns`: whether gradients are on, which torch does not tell a function.
+def row_chunks(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    needs: Sequence[bool],
+    score: Score,
+    kd_weight: float,
+    chunk_rows: int,
+    group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The loss, the sums of CE and KD [2], and the loss's gradients by the inputs.
 
     Rows of the head from `vocab_size` on take no part: their gradient is zero.
+
+    Args:
+        inputs: hidden states [N, C], head [V, C], bias [V] or None.
+        needs: which of them get a gradient.
+    """
+    hidden, weight, bias = inputs
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    chunks = -(-len(hidden) // chunk_rows)
+    # wide where several products are added up; one product is rounded once as it is
+    widths = (
+        hidden.dtype if group is None else compute,
+        weight.dtype if chunks == 1 else compute,
+        compute,
+    )
+    grads = [
+        large_pages(torch.empty_like(tensor, dtype=dtype)) if need and tensor is not None else None
+        for tensor, need, dtype in zip(inputs, needs, widths, strict=True)
+    ]
+    unwritten = 0 if len(hidden) == 0 else len(weight[:vocab_size])
+    for grad in grads[1:]:
+        if grad is not None:
+            grad[unwritten:].zero_()
+    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    of_hidden = grads[0]
+    of_weight, of_bias = (None if g is None else g[:vocab_size] for g in grads[1:])
+    parts = hidden.new_zeros(2, dtype=compute)
+    size = -(-len(hidden) // chunks) if chunks else 1  # all alike
+    narrow = weight
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        found, grad = score(rows, linear(hidden[rows], weight, bias), any(needs))
+        parts += found
+        if grad is None:
+            continue
+        narrow = narrow.to(grad.dtype)  # autocast: logits have fewer bits than the head
+        if of_hidden is not None:
+            _add_product(of_hidden[rows], grad, narrow, first=True)
+        if of_weight is not None:
+            _add_product(of_weight, grad.T, hidden[rows].to(grad.dtype), first=start == 0)
+        if of_bias is not None:
+            columns = grad.sum(dim=0, dtype=compute)
+            of_bias.copy_(columns) if start == 0 else of_bias.add_(columns)
+        del grad  # before the next chunk's logits come
+    if group is not None and of_hidden is not None:
+        dist.all_reduce(of_hidden, group=group)  # each rank has its columns' share
+    found_grads = [
+        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, inputs, strict=True)
+    ]
+    return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts, found_grads
+
+
+class RowChunks(torch.autograd.Function):
+    """`row_chunks`, whose gradients are scaled in the backward pass.
+
+    `learns`: whether gradients are on, which torch does not tell a function.
     Gives the loss, which has the gradient, and the sums of CE and KD [2].
     """
 
@@ -75,57 +137,12 @@ class RowChunks(torch.autograd.Function):
         learns: bool,
     ) -> tuple[Tensor, Tensor]:
         needs = [learns and need for need in ctx.needs_input_grad[:3]]
-        compute = torch.promote_types(hidden.dtype, torch.float32)
-        inputs = (hidden, weight, bias)
-        chunks = -(-len(hidden) // chunk_rows)
-        # wide where several products are added up; one product is rounded once as it is
-        widths = (
-            hidden.dtype if group is None else compute,
-            weight.dtype if chunks == 1 else compute,
-            compute,
+        loss, parts, grads = row_chunks(
+            (hidden, weight, bias), needs, score, kd_weight, chunk_rows, group, vocab_size
         )
-        grads = [
-            large_pages(torch.empty_like(tensor, dtype=dtype))
-            if need and tensor is not None
-            else None
-            for tensor, need, dtype in zip(inputs, needs, widths, strict=True)
-        ]
-        unwritten = 0 if len(hidden) == 0 else len(weight[:vocab_size])
-        for grad in grads[1:]:
-            if grad is not None:
-                grad[unwritten:].zero_()
-        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
-        of_hidden = grads[0]
-        of_weight, of_bias = (None if g is None else g[:vocab_size] for g in grads[1:])
-        parts = hidden.new_zeros(2, dtype=compute)
-        size = -(-len(hidden) // chunks) if chunks else 1  # all alike
-        narrow = weight
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            found, grad = score(rows, linear(hidden[rows], weight, bias), any(needs))
-            parts += found
-            if grad is None:
-                continue
-            narrow = narrow.to(grad.dtype)  # autocast: logits have fewer bits than the head
-            if of_hidden is not None:
-                _add_product(of_hidden[rows], grad, narrow, first=True)
-            if of_weight is not None:
-                _add_product(of_weight, grad.T, hidden[rows].to(grad.dtype), first=start == 0)
-            if of_bias is not None:
-                columns = grad.sum(dim=0, dtype=compute)
-                of_bias.copy_(columns) if start == 0 else of_bias.add_(columns)
-            del grad  # before the next chunk's logits come
-        if group is not None and of_hidden is not None:
-            dist.all_reduce(of_hidden, group=group)  # each rank has its columns' share
-        ctx.save_for_backward(
-            *(
-                grad.to(tensor.dtype)
-                for grad, tensor in zip(grads, inputs, strict=True)
-                if grad is not None and tensor is not None
-            )
-        )
-        ctx.present = [g is not None for g in grads]
-        return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts
+        ctx.save_for_backward(*(grad for grad in grads if grad is not None))
+        ctx.present = [grad is not None for grad in grads]
+        return loss, parts
 
     @staticmethod
     @first_order

@@ -13,20 +13,19 @@ from clinkd.ops._checks import (
     check_labels,
     check_num_items,
     check_options,
-    check_rows,
     check_vocab_size,
     check_weight,
 )
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
-from clinkd.ops._kd_at_once import rows_with_gradient, why_not_at_once
-from clinkd.ops._kd_loss_native import KD_ROWS, gradient_in_place, operator_options
-from clinkd.ops._kd_mean import KDLoss, item_count
+from clinkd.ops._kd_loss_native import operator_options
+from clinkd.ops._kd_mean import KDLoss, has_gradient, item_count
+from clinkd.ops._linear_kd_chunks import LINEAR_KD, score_of
 from clinkd.ops._linear_kd_triton import LinearKDTriton
-from clinkd.ops._memory import linear
+from clinkd.ops._operator import is_traced
 from clinkd.ops._row_chunks import RowChunks, chunk_rows, shares
-from clinkd.ops._vocab_parallel import check_shards, local_options, whole_rows
+from clinkd.ops._vocab_parallel import check_shards
 from clinkd.ops.kd_loss import IMPLS, require_kernels, why_not
-from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
+from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 
 def linear_kd_loss(
@@ -107,28 +106,13 @@ def linear_kd_loss(
     if process_group is not None:
         check_shards(process_group, student_weight, teacher_weight)
     count = item_count(labels, ignore_index, num_items)
-    kept = (labels != ignore_index).nonzero().squeeze(1)
-    teacher_hidden = teacher_hidden.detach()
-    if len(kept) < rows:  # where all stay, no copy
-        labels, student_hidden, teacher_hidden = (
-            t[kept] for t in (labels, student_hidden, teacher_hidden)
-        )
-        weight = None if weight is None else weight[kept]
+    device, dtype = labels.device, student_hidden.dtype
     student = (student_hidden, student_weight, student_bias)
     teacher_bias = None if teacher_bias is None else teacher_bias.detach()
-    teacher = (teacher_hidden, teacher_weight.detach(), teacher_bias)
-    device, dtype = labels.device, student_hidden.dtype
+    teacher = (teacher_hidden.detach(), teacher_weight.detach(), teacher_bias)
+    kind: tuple[Any, ...] = ()
     if workspace == 0:
-        _require_no_storage(process_group, device, dtype)
-        for name, rows_of, head in (("student", *student[:2]), ("teacher", *teacher[:2])):
-            if rows_of.dtype != head.dtype:  # autocast
-                raise TypeError(
-                    f"{name}_weight must be {rows_of.dtype} as {name}_hidden is for workspace=0, "
-                    f"got {head.dtype}"
-                )
-        mix = beta if divergence == "jsd" else skew
-        numbers = (labels, weight, kept, kd_weight, temperature, DIVERGENCES.index(divergence))
-        loss, parts = LinearKDTriton.apply(*student, *teacher, *numbers, mix, softcap, vocab_size)
+        _require_no_storage(process_group, student, teacher)
     else:
         wide = torch.promote_types(dtype, teacher_hidden.dtype)
         impl = resolve_impl(impl, IMPLS, native_impl(device), why_not, device, wide)
@@ -137,75 +121,49 @@ def linear_kd_loss(
             if vocab_size is not None:
                 raise ValueError("vocab_size cannot be given with a process_group: cut the heads")
         kind = (temperature, divergence, beta, skew, ignore_index, softcap, impl)
-        rows = chunk_rows(workspace, student_weight[:vocab_size], teacher_weight)
+        chunk = chunk_rows(workspace, student_weight[:vocab_size], teacher_weight)
+        has_operator = process_group is None and impl != "reference"
+        if has_operator and is_traced(*student, *teacher, labels, weight):
+            factor, count = shares(weight, labels, count, dtype)
+            learns = [has_gradient(tensor) for tensor in student]
+            *numbers, _ = operator_options(*kind)
+            sizes = (chunk, vocab_size or len(student_weight), learns, impl)
+            loss, parts, *_ = LINEAR_KD(
+                *student, *teacher, labels, factor, kd_weight, *numbers, *sizes
+            )
+            return KDLoss(loss / count, parts[0] / count, parts[1] / count)
+    kept = (labels != ignore_index).nonzero().squeeze(1)
+    if len(kept) < rows:  # where all stay, no copy
+        labels = labels[kept]
+        student = (student_hidden[kept], *student[1:])
+        teacher = (teacher[0][kept], *teacher[1:])
+        weight = None if weight is None else weight[kept]
+    if workspace == 0:
+        mix = beta if divergence == "jsd" else skew
+        given = (labels, weight, kept, kd_weight, temperature, DIVERGENCES.index(divergence))
+        loss, parts = LinearKDTriton.apply(*student, *teacher, *given, mix, softcap, vocab_size)
+    else:
         factor, count = shares(weight, labels, count, dtype)
-
-        def score(part: slice, logits: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-            hidden, head, bias = teacher
-            target = linear(hidden[part], head, bias)
-            if process_group is None:
-                check_rows(logits, target, labels[part], ignore_index, kept[part])
-            return _chunk(
-                logits, target, labels[part], factor[part], kd_weight, kind, process_group,
-                needs_grad,
-            )  # fmt: skip
-
-        settings = (kd_weight, rows, process_group, vocab_size, torch.is_grad_enabled())
+        score = score_of(teacher, labels, factor, kept, kd_weight, kind, process_group)
+        settings = (kd_weight, chunk, process_group, vocab_size, torch.is_grad_enabled())
         loss, parts = RowChunks.apply(*student, score, *settings)
     parts = parts.detach() / count
     return KDLoss(loss / count, parts[0], parts[1])
 
 
 def _require_no_storage(
-    group: dist.ProcessGroup | None, device: torch.device, dtype: torch.dtype
+    group: dist.ProcessGroup | None,
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None],
 ) -> None:
     """Raise where the form that stores no logit cannot be had."""
     if group is not None:
         raise ValueError("workspace must be above 0 with a process_group")
-    if reason := why_not_triton(device, dtype):
+    if reason := why_not_triton(student[0].device, student[0].dtype):
         raise RuntimeError(f"workspace=0 cannot run here: {reason}")
-
-
-def _chunk(
-    logits: Tensor,
-    target: Tensor,
-    labels: Tensor,
-    factor: Tensor,
-    kd_weight: float,
-    kind: tuple[Any, ...],
-    group: dist.ProcessGroup | None,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Sums of CE and KD [2], each row times its factor, and the gradient of the logits."""
-    temperature, divergence, beta, skew, ignore_index, softcap, impl = kind
-    if impl == "reference":
-        with torch.set_grad_enabled(needs_grad):
-            logits = logits.detach().requires_grad_(needs_grad)
-            ce, kd = kd_loss_rows(
-                logits, target, labels, temperature=temperature, divergence=divergence,
-                beta=beta, skew=skew, ignore_index=ignore_index, softcap=softcap,
-            )  # fmt: skip
-            ce, kd = (ce * factor).sum(), (kd * factor).sum()
-            loss = (ce + kd_weight * kd) / (1 + kd_weight)
-        sums = torch.stack([ce.detach(), kd.detach()])
-        return sums, torch.autograd.grad(loss, logits)[0] if needs_grad else None
-    dtype = logits.dtype
-    wide = torch.promote_types(dtype, target.dtype)
-    logits, target = logits.to(wide), target.to(wide)
-    options = operator_options(*kind)
-    scaled = factor / (1 + kd_weight)
-    if needs_grad and group is None and not why_not_at_once(impl, logits, target):
-        ce, kd, grad = rows_with_gradient(
-            scaled, scaled * kd_weight, logits, target, labels, *options, grad=logits
-        )
-        return torch.stack([(ce * factor).sum(), (kd * factor).sum()]), grad.to(dtype)
-    if group is None:
-        ce, kd, statistics = KD_ROWS(logits, target, labels, *options)
-    else:
-        ce, kd, statistics, labels = whole_rows(logits, target, labels, group, options)
-        options = local_options(options)
-    sums = torch.stack([(ce * factor).sum(), (kd * factor).sum()])
-    if not needs_grad:
-        return sums, None
-    gradient_in_place(scaled, scaled * kd_weight, logits, target, labels, statistics, *options)
-    return sums, logits.to(dtype)
+    for name, (hidden, head, _) in (("student", student), ("teacher", teacher)):
+        if hidden.dtype != head.dtype:  # autocast
+            raise TypeError(
+                f"{name}_weight must be {hidden.dtype} as {name}_hidden is for workspace=0, "
+                f"got {head.dtype}"
+            )
