@@ -132,6 +132,7 @@ _add_stage("report", "Write the HTML report.")
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     target: Annotated[Path, typer.Argument(help="predictions (.jsonl) or a config (.yaml)")],
     overrides: Overrides = None,
     reference: Annotated[
@@ -154,9 +155,19 @@ def evaluate(
     """Score a prediction file by a published protocol, or do the evaluation stage of a config."""
     from clinkd.commands.evaluate import evaluate_file, is_config
 
+    sources = {p.opts[0]: context.get_parameter_source(p.name) for p in context.command.params}
+    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     if is_config(target):
+        wrong = sorted(given - {"target", "overrides", "--update"})
+        if wrong:
+            raise ConfigError(
+                f"{', '.join(wrong)}: of a prediction file; a config says evaluate.protocol, "
+                "evaluate.meteor and evaluate.spice, as in evaluate.protocol=strict"
+            )
         _execute(target, overrides or [], first="evaluate", last="evaluate", update=update)
         return
+    if overrides or update:
+        raise ConfigError(f"{target} is a prediction file: key=value and --update are of a config")
     evaluate_file(
         target,
         reference=reference,

@@ -126,6 +126,16 @@ def place(
     return positions, following.round().to(torch.int64)
 
 
+def check_grids(grids: Sequence[Grid], rule: Rule, pos_scale: tuple[float, float]) -> None:
+    """Raise where a rule has no place for an image of so many merged patches (h, w).
+
+    Raises:
+        ValueError: patches would reach over the text beside them; which pos_scale would do.
+    """
+    for h, w in grids:
+        _table(rule, h, w, *pos_scale)
+
+
 @lru_cache(maxsize=1024)
 def _table(rule: Rule, h: int, w: int, s1: float, s2: float) -> Tensor:
     """One image's columns, in reading order of its patches.

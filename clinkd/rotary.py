@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from clinkd.errors import ConfigError
-from clinkd.positions import gap_positions, mcg_positions, qwen_positions
+from clinkd.positions import Rule, gap_positions, mcg_positions, qwen_positions
 
 __all__ = [
     "PositionConfig",
@@ -28,6 +28,7 @@ __all__ = [
 Layout = Literal["interleaved", "half"]
 Preset = Literal["paper", "warm", "mrope", "gap2"]
 PRESETS: tuple[str, ...] = ("paper", "warm", "mrope", "gap2")
+_RULES: dict[str, Rule] = {"paper": "mcg", "warm": "mcg", "mrope": "qwen", "gap2": "gap"}
 MAX_HEAD_DIM = 256
 
 
@@ -249,6 +250,11 @@ class PositionConfig:
         if not 0 < self.base < math.inf:
             raise ConfigError(f"base must be above 0, got {self.base}")
         object.__setattr__(self, "pos_scale", scale)
+
+    @property
+    def rule(self) -> Rule:
+        """By which `clinkd.positions` places images and text."""
+        return _RULES[self.preset]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a model's config.json holds them."""

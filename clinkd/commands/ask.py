@@ -15,7 +15,9 @@ _COLOURS = ("#e4572e", "#2e86ab", "#3fa34d", "#f2a900")
 
 
 def ask(
-    image: Annotated[Path, typer.Argument(help="PNG, JPEG, DICOM, NIfTI (scan.nii.gz#index=30)")],
+    image: Annotated[
+        Path, typer.Argument(help="PNG, JPEG, DICOM, NIfTI (scan.nii.gz#axis=2,index=30)")
+    ],
     question: Annotated[str, typer.Argument(help="what to ask about it")],
     model: Annotated[
         str, typer.Option("--model", help="folder or hub name; a run's is run/student/…")
@@ -37,8 +39,10 @@ def ask(
     from clinkd.data.boxes import parse_boxes
     from clinkd.data.images import load_image
 
-    if show is not None and show.suffix.lower() != ".png":
-        raise ConfigError(f"--show must name a .png file, got {str(show)!r}")
+    if show is not None and (show.suffix.lower() != ".png" or not show.absolute().parent.is_dir()):
+        raise ConfigError(
+            f"--show must name a .png file in a folder that exists, got {str(show)!r}"
+        )
     images = [load_image(path.absolute().parent, path.name) for path in (image, *(more or []))]
     candidates, chosen = _answer(model, images, question, beams, max_new_tokens, scorer)
     for index, (candidate, cosine) in enumerate(candidates):

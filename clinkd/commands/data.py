@@ -17,7 +17,8 @@ app = typer.Typer(
 )
 
 Root = Annotated[
-    Path | None, typer.Option("--root", help="folder of the images; default: that of the file")
+    Path | None,
+    typer.Option("--root", help="folder of all images; default: that of the first file"),
 ]
 
 
@@ -67,6 +68,8 @@ def convert(
     """
     from clinkd.data import formats
 
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ConfigError(f"OUT must be another file than IN, {source}")
     shared: dict[str, Any] = {
         "root": root or source.parent,
         "task": task,

@@ -12,6 +12,21 @@ from clinkd.config.sections import RunConfig
 from clinkd.errors import ConfigError
 
 
+class _OneOfEach(yaml.SafeLoader):
+    """Refuses a key that stands twice in a section, of which YAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands here twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `a.b=value` overrides, check every key and value.
 
@@ -22,8 +37,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(text, _OneOfEach) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -45,10 +62,21 @@ def _override(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    kind = _kind_of(parents, last)
+    if kind == str or (kind == str | None and value not in ("", "~", "null")):  # noqa: E721
+        node[last] = value  # as it stands: YAML would end "run #2" at the #
+        return
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from None
+
+
+def _kind_of(parents: Sequence[str], last: str) -> Any:
+    """The type of a key's value; None where there is no such key."""
+    section = _section_at(parents)
+    field = section.model_fields.get(last) if section is not None else None
+    return None if field is None else field.annotation
 
 
 def check(tree: dict[str, Any], source: str = "configuration") -> RunConfig:
@@ -82,12 +110,19 @@ def _explain(error: Any) -> str:
 
 
 def _keys_at(location: Sequence[str]) -> list[str]:
+    section = _section_at(location)
+    return [] if section is None else list(section.model_fields)
+
+
+def _section_at(location: Sequence[str]) -> type[BaseModel] | None:
     model: type[BaseModel] = RunConfig
     for part in location:
-        annotation = model.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return list(model.model_fields)
+        field = model.model_fields.get(part)
+        annotation = None if field is None else field.annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        model = annotation
+    return model
 
 
 def dump(config: RunConfig) -> str:

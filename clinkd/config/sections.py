@@ -1,8 +1,10 @@
 """The keys of a run's YAML file, their meaning, limits and defaults."""
 
+import os
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from clinkd.train.correction.settings import CorrectorSettings
 
@@ -10,19 +12,36 @@ DEMO = "demo"  # the embedded model, or the small CLIP trained on the training s
 SAMPLE = "sample"  # the records and images that come with the package
 
 PositiveInt = Annotated[int, Field(ge=1)]
+HEAD_WIDTH = 32  # of the embedded model
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _at_home(path: str | None) -> str | None:
+    return None if path is None else os.path.expanduser(path)
+
+
+def _in_heads(width: int) -> int:
+    if width % HEAD_WIDTH:
+        raise ValueError(f"must be a multiple of {HEAD_WIDTH}, the width of a head")
+    return width
+
+
+Place = Annotated[str, AfterValidator(_at_home)]
+Width = Annotated[int, Field(ge=HEAD_WIDTH), AfterValidator(_in_heads)]
 
 
 class Section(BaseModel):
     """A frozen part of the configuration that knows no other keys than its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
-    train: str = Field(SAMPLE, description="JSON-lines file of records, or 'sample'")
-    test: str = Field(SAMPLE, description="JSON-lines file of records, or 'sample'")
-    root: str | None = Field(None, description="folder of the images; default: that of the file")
+    train: Place = Field(SAMPLE, description="JSON-lines file of records, or 'sample'")
+    test: Place = Field(SAMPLE, description="JSON-lines file of records, or 'sample'")
+    root: Annotated[str | None, AfterValidator(_at_home)] = Field(
+        None, description="folder of all images; default: that of `train`"
+    )
     teacher_fraction: float = Field(
         0.111, gt=0, le=1, description="share of the training split that the teacher sees"
     )
@@ -38,14 +57,21 @@ class PositionsConfig(Section):
         (2.0, 2.0), description="spacing of patches by height and width; the paper's alpha1, alpha2"
     )
 
+    @field_validator("pos_scale")
+    @classmethod
+    def _scales_fit(cls, scales: tuple[float, float]) -> tuple[float, float]:
+        if min(scales) <= 0:
+            raise ValueError("must be two numbers above 0")
+        return scales
+
 
 class DemoModelConfig(Section):
     """Size of the embedded model; used only where `model.student` is 'demo'."""
 
     layers: PositiveInt = 4
-    width: PositiveInt = Field(128, description="hidden size; a multiple of 32")
+    width: Width = Field(128, description="hidden size; a multiple of 32")
     vision_layers: PositiveInt = 3
-    vision_width: PositiveInt = Field(96, description="a multiple of 32")
+    vision_width: Width = Field(96, description="a multiple of 32")
     vocabulary: int = Field(2000, ge=400, description="most tokens that the BPE may learn")
 
 
@@ -62,6 +88,15 @@ class AdapterConfig(Section):
         r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
         description="regular expression of the modules that get an adapter",
     )
+
+    @field_validator("targets")
+    @classmethod
+    def _is_expression(cls, targets: str) -> str:
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"must be a regular expression: {error}") from None
+        return targets
 
 
 class ParallelConfig(Section):
@@ -112,6 +147,14 @@ class ModelConfig(Section):
     min_pixels: PositiveInt = Field(56 * 56, description="smaller images are enlarged")
     max_pixels: PositiveInt = Field(768 * 768, description="larger images are shrunk")
     demo: DemoModelConfig = DemoModelConfig()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "ModelConfig":
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels must be at most max_pixels ({self.max_pixels})")
+        if self.teacher == DEMO and self.student != DEMO:
+            raise ValueError("teacher 'demo' needs student 'demo', by whose data it is built")
+        return self
 
 
 class TrainConfig(Section):
@@ -187,6 +230,11 @@ class GenerateConfig(Section):
     )
     scorer_steps: PositiveInt = Field(300, description="training steps of the 'demo' scorer")
 
+    @property
+    def asks_scorer(self) -> bool:
+        """Whether a CLIP model looks at the candidates."""
+        return self.selection in ("clip", "mixed", "oracle")
+
     @model_validator(mode="after")
     def _samples_fit(self) -> "GenerateConfig":
         if self.num_samples > self.num_beams:
@@ -208,7 +256,7 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """Teacher, pseudo-labels, distillation, correction, answers, metrics, report."""
 
-    output: str = Field("run", description="the run folder")
+    output: Place = Field("run", description="the run folder")
     seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

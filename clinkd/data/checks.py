@@ -98,6 +98,9 @@ def require_sound(
     Raises:
         DataError: the first faults, and how many there are.
     """
+    for split, records in (("training", train), ("test", test)):
+        if not records:
+            raise DataError(f"the {split} split holds no record")
     names = {name for record in (*train, *test) for name in record.images}
     images: ImageCheck = "decode" if len(names) <= DECODE_AT_MOST else "header"
     with collector_paused():

@@ -23,6 +23,7 @@ _CAUSES = {
     errno.ENOTDIR: "a part of its path is a file, not a folder",
     errno.EEXIST: "a part of its path is a file, not a folder",
     errno.EISDIR: "it is a folder",
+    errno.ENOENT: "its folder cannot be made",
     errno.ENAMETOOLONG: "its name is too long",
 }
 

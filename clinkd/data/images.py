@@ -18,6 +18,7 @@ MAX_PIXELS = 64 << 20  # decoded pixels of one image; a larger one is refused, n
 # no formats that start other programs or read other files, as EPS does
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "JPEG2000")
 MEDICAL_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz")
+PLAIN_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm", ".pbm", ".jp2")  # fmt: skip
 _ORIENTATION = 0x0112  # EXIF tag; 5…8 exchange width and height
 
 
@@ -152,9 +153,9 @@ def is_medical(path: str) -> bool:
     lower = os.path.basename(path).lower()
     if lower.endswith(MEDICAL_SUFFIXES):
         return True
-    if "." in lower:
+    if lower.endswith(PLAIN_SUFFIXES):
         return False
-    with open(path, "rb") as file:  # PACS exports often have no suffix
+    with open(path, "rb") as file:  # exports often have a number for a name, or a maker's suffix
         return file.read(132)[128:] == b"DICM"
 
 

@@ -1,9 +1,17 @@
-"""How many tokens records take, known before any of their images is decoded."""
+"""Whether records fit a model, known before any of their images is decoded."""
 
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from clinkd.data.collate import AnswerDataset
+from clinkd.data.images import image_size
 from clinkd.data.prompt import messages
+from clinkd.data.records import Record
+from clinkd.errors import DataError
+from clinkd.positions import check_grids
+from clinkd.rotary import PositionConfig
 
 NFC_GROWTH = 3  # normalising makes UTF-8 text at most three times as long
 
@@ -35,3 +43,46 @@ def require_fit(dataset: AnswerDataset) -> None:
         most += frame(len(texts), len(record.images)) + sum(dataset.image_tokens(record))
         if most > dataset.max_length:
             dataset.length(index)
+
+
+def require_places(
+    records: Sequence[Record],
+    root: str | Path,
+    processor: Any,
+    positions: PositionConfig,
+) -> None:
+    """Make sure that every image has a place in the positions, and no text holds image tokens.
+
+    Raises:
+        DataError: a record whose image is too long for its width, or whose text stands for patches;
+            it is named.
+    """
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    dataset = AnswerDataset(records, root, processor, max_length=1)
+    images = processor.image_processor
+    factor = images.patch_size * images.merge_size
+
+    @lru_cache(maxsize=65536)
+    def fault(width: int, height: int) -> str | None:
+        sides = smart_resize(
+            height, width, factor, images.size["shortest_edge"], images.size["longest_edge"]
+        )
+        try:
+            check_grids(
+                [(sides[0] // factor, sides[1] // factor)], positions.rule, positions.pos_scale
+            )
+        except ValueError as error:
+            return str(error)
+        return None
+
+    for record in records:
+        dataset.require_plain(record)
+        for name in record.images:
+            alone = len(record.images) == 1 and record.size is not None
+            size = record.size if alone else image_size(root, name)
+            if why := fault(*size):
+                raise DataError(
+                    f"record {record.id!r}: image {name!r} is too long for its width: {why} "
+                    "(model.positions.pos_scale), or leave the record out"
+                )

@@ -57,6 +57,8 @@ def read_predictions(
             continue
         seen.add(row["id"])
         found.rows.append(row)
+    if not found.rows:
+        raise DataError(f"{path}: holds no prediction")
     missing = sorted(set(truth) - seen)
     if missing:
         shown = ", ".join(missing[:3])

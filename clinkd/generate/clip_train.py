@@ -13,6 +13,7 @@ from clinkd.data.boxes import strip_boxes
 from clinkd.data.files import write_json
 from clinkd.data.images import load_image
 from clinkd.data.records import Record
+from clinkd.errors import DataError
 
 IMAGE_SIZE = 112
 CONTEXT = 48  # tokens of CLIP's BPE
@@ -37,6 +38,11 @@ MODEL = {
 }
 
 
+def clip_records(records: Sequence[Record]) -> list[Record]:
+    """Those that `train_clip` learns from: with one image and a text beside boxes."""
+    return [r for r in records if len(r.images) == 1 and strip_boxes(r.answer)]
+
+
 def train_clip(
     records: Sequence[Record],
     data_root: str | Path,
@@ -59,14 +65,14 @@ def train_clip(
         log: called with rows of the training log.
 
     Raises:
-        ValueError: fewer than two different pairs.
+        DataError: fewer than two different pairs.
     """
     import open_clip  # a second that every stage would pay
 
     texts = {r.id: strip_boxes(r.answer) for r in records}
-    usable = [r for r in records if len(r.images) == 1 and texts[r.id]]
+    usable = clip_records(records)
     if len({texts[r.id] for r in usable}) < 2:
-        raise ValueError("train_clip needs at least 2 records with one image and an answer each")
+        raise DataError("train_clip needs at least 2 records with one image and an answer each")
     names = sorted({r.images[0] for r in usable})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -8,7 +8,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from clinkd.data.images import to_rgb
 from clinkd.data.prompt import encode_prompt
+from clinkd.models import check_grids
 
 Inputs = dict[str, Tensor]
 _INPUTS = ("input_ids", "pixel_values", "image_grid_thw")
@@ -37,7 +39,7 @@ def encode_request(
             raise ValueError("a request without input_ids needs a processor")
         images = request.get("images", request.get("image"))
         images = [] if images is None else [images] if isinstance(images, Image.Image) else images
-        encoded = encode_prompt(processor, request["question"], images)
+        encoded = encode_prompt(processor, request["question"], [to_rgb(each) for each in images])
         inputs = {name: encoded[name] for name in _INPUTS if name in encoded}
     _check(inputs, model, max_new_tokens)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -64,6 +66,8 @@ def _check(inputs: Inputs, model: PreTrainedModel, max_new_tokens: int) -> None:
     given = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
     if given != patches:
         raise ValueError(f"pixel_values hold {given} patches, image_grid_thw says {patches}")
+    if grid is not None:
+        check_grids(model, grid)
     if bool((ids == config.video_token_id).any()):
         raise ValueError("the prompt has a video; give its frames as images")
     if int(ids.min()) < 0 or int(ids.max()) >= text.vocab_size:

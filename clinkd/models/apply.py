@@ -17,12 +17,12 @@ from clinkd.errors import ConfigError
 from clinkd.models.attention import text_attention, vision_attention
 from clinkd.models.embedding import IMPLS, TextRotary, VisionRotary, text_spec, vision_spec
 from clinkd.models.layout import ATTENTIONS, lay_out
-from clinkd.positions import Grid, Rule, place
+from clinkd.positions import Grid, place
+from clinkd.positions import check_grids as check_rule
 from clinkd.rotary import PositionConfig
 
 CONFIG_KEY = "clinkd_positions"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-RULES: dict[str, Rule] = {"paper": "mcg", "warm": "mcg", "mrope": "qwen", "gap2": "gap"}
 IMAGE, VIDEO = 1, 2  # mm_token_type_ids
 
 
@@ -143,6 +143,15 @@ def positions_of(config: Any) -> PositionConfig | None:
     return None if values is None else PositionConfig.from_dict(values)
 
 
+def check_grids(model: PreTrainedModel, image_grid_thw: Tensor) -> None:
+    """Raise where the model's positions have no place for an image; see `clinkd.positions`."""
+    inner = _inner(model)
+    positions = getattr(inner, "clinkd_positions", None)
+    if positions is not None:
+        grids = _grids(inner, image_grid_thw)
+        check_rule(grids, positions.rule, positions.pos_scale)
+
+
 def packed_position_ids(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -208,7 +217,7 @@ def _place(
     found, following = place(
         image_mask,
         grids,
-        RULES[config.preset],
+        config.rule,
         config.pos_scale,
         attention_mask,
         segments,

@@ -33,7 +33,7 @@ OWNED = {
     "pseudo-label": ("pseudo",),
     "distill": ("student/distilled",),
     "correct": ("correction", "student/round-*"),
-    "generate": ("predictions.jsonl", "predictions"),
+    "generate": ("predictions.jsonl", "predictions", "data/test.jsonl"),
     "evaluate": ("metrics.json",),
     "report": ("report.html",),
 }
@@ -173,15 +173,29 @@ class RunFolder:
                 else:
                     path.unlink()
 
-    def require(self, stage: str) -> None:
-        """Make sure that a stage is done.
+    def forget_after(self, stage: str) -> None:
+        """Take later stages for not done: what they were made from is going to be made anew."""
+        book = self.book()
+        for later in STAGES[STAGES.index(stage) + 1 :]:
+            book["stages"].pop(later, None)
+        self.write_book(book)
+
+    def require(self, stage: str, fingerprint: str) -> None:
+        """Make sure that a stage is done, and from what the configuration and data say now.
 
         Raises:
             ClinkdError: it is not; which command does it.
         """
-        if self.book()["stages"].get(stage, {}).get("status") != "done":
+        entry = self.book()["stages"].get(stage, {})
+        if entry.get("status") != "done":
             raise ClinkdError(
                 f"stage {stage!r} is not done in {self.path}; run it first: clinkd {stage} CONFIG"
+            )
+        if entry.get("fingerprint") != fingerprint:
+            raise ClinkdError(
+                f"stage {stage!r} in {self.path} was done with other settings, from other data or "
+                f"by another version of clinkd; do it again: clinkd run CONFIG --from {stage} "
+                "--update"
             )
 
 
@@ -202,16 +216,18 @@ def fingerprints(config: RunConfig, inputs: dict[str, str]) -> dict[str, str]:
         inputs: hashes of the files that the run reads.
     """
     whole = config.model_dump(mode="json")
+    # of the test split nothing is learnt: another one is answered by the models that there are
+    tested = {name: whole["data"].pop(name) for name in ("test", "test_limit")}
     demo_scorer = {k: whole["generate"][k] for k in ("scorer", "scorer_steps")}
     # teacher and student answer with them too, for labels and for correction
     answers = {k: whole["generate"][k] for k in ("max_new_tokens", "length_penalty", "batch_size")}
     parts: dict[str, Any] = {
-        "prepare": [inputs, whole["seed"], whole["data"], whole["model"], demo_scorer],
+        "prepare": [inputs["train"], whole["seed"], whole["data"], whole["model"], demo_scorer],
         "teacher": whole["teacher"],
         "pseudo-label": [whole["distill"]["pseudo_labels"], answers],
         "distill": whole["distill"],
         "correct": whole["correct"],
-        "generate": whole["generate"],
+        "generate": [inputs["test"], tested, whole["generate"]],
         "evaluate": whole["evaluate"],
         "report": [],
     }

@@ -35,7 +35,8 @@ def run(
     """Do the stages from `first` to `last` that are not done yet.
 
     Raises:
-        ConfigError: an unknown stage, or `first` after `last`.
+        ConfigError: an unknown stage, `first` after `last`, or, without `update`, a stage that was
+            done from other data or by another version.
         Preempted: SIGTERM or SIGUSR1 came; what is done stays done.
         ClinkdError: what a stage says; what is done stays done.
     """
@@ -61,16 +62,18 @@ def _run_stages(
             raise SetupError(
                 f"{folder.path}: less than {LEAST_FREE_BYTES >> 20} MiB of disk space left"
             )
-        for stage in STAGES[: STAGES.index(wanted[0])]:
-            folder.require(stage)
-        _describe(folder)
         marks = fingerprints(config, inputs)
+        for stage in STAGES[: STAGES.index(wanted[0])]:
+            folder.require(stage, marks[stage])
+        _describe(folder)
         for stage in wanted:
-            _run_stage(folder, stage, marks[stage], console)
+            _run_stage(folder, stage, marks[stage], console, update)
     return folder
 
 
-def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console) -> None:
+def _run_stage(
+    folder: RunFolder, stage: str, fingerprint: str, console: Console, update: bool
+) -> None:
     quiet_libraries()
     from clinkd.pipeline import stages  # here: it imports torch and transformers
 
@@ -79,7 +82,14 @@ def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console
         console.stage_skipped(stage, entry.get("summary", ""))
         return
     if entry.get("fingerprint") != fingerprint:
+        if entry.get("status") == "done" and not update:
+            raise ConfigError(
+                f"stage {stage!r} in {folder.path} was done from other data, or by another version "
+                "of clinkd; choose another folder with output=FOLDER, or give --update to do it, "
+                "and what follows, again"
+            )
         folder.clear(stage)
+        folder.forget_after(stage)
         entry = {}
     folder.note(
         stage,
@@ -94,8 +104,12 @@ def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console
         try:
             summary = stages.RUN[stage](folder, progress)
             status = "done"
+        except KeyboardInterrupt:
+            summary = "stopped by Ctrl-C; what is done stays done: start again to go on"
+            console.stage_failed(stage, summary, time.monotonic() - start)
+            raise
         except BaseException as error:
-            summary = f"stopped: {error or type(error).__name__}"
+            summary = f"stopped: {str(error) or type(error).__name__}"
             console.stage_failed(stage, summary, time.monotonic() - start)
             raise
         finally:

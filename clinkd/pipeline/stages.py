@@ -10,14 +10,14 @@ from clinkd.config import DEMO, CorrectConfig, RunConfig
 from clinkd.data.checks import require_sound
 from clinkd.data.collate import AnswerDataset
 from clinkd.data.files import copy_file, read_jsonl, write_jsonl
-from clinkd.data.lengths import require_fit
+from clinkd.data.lengths import require_fit, require_places
 from clinkd.data.records import Record, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
 from clinkd.data.tokenizer import require_same_tokens
 from clinkd.evaluate.run import evaluate_run
-from clinkd.evaluate.text.jars import require_spice
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
+from clinkd.pipeline.preflight import require_parts
 from clinkd.pipeline.steps import (
     asked_records,
     load_processor,
@@ -40,56 +40,63 @@ Stage = Callable[[RunFolder, Update], str]
 def prepare(folder: RunFolder, progress: Update) -> str:
     """Check the data, draw the teacher's share, build the embedded model and scorer."""
     config = folder.config
-    if config.evaluate.spice:
-        require_spice()  # now, not when hours of training are over
     root = data_root(config.data)
-    train_records, test_records = (
-        read_records(records_file(name, split))
-        for name, split in ((config.data.train, "train"), (config.data.test, "test"))
-    )
-    if config.model.teacher is not None and DEMO not in (
-        config.model.teacher,
-        config.model.student,
-    ):
-        _require_same_tokens(config, config.model.teacher, config.model.student)
-        student, teacher = config.model.student, config.model.teacher
-        require_same_images(read_config(student), read_config(teacher), student, teacher)
+    train_records = read_records(records_file(config.data.train, "train"))
+    test_records = read_records(records_file(config.data.test, "test"))
+    require_parts(config, test_records)
     train_records = limit_records(train_records, config.data.train_limit, config.seed)
     test_records = limit_records(test_records, config.data.test_limit, config.seed)
     require_sound(train_records, test_records, root)
     teacher_records = teacher_subset(train_records, config.data.teacher_fraction, config.seed)
     write_records(folder.data("teacher"), teacher_records)
-    for split, name, limit, records in (
-        ("train", config.data.train, config.data.train_limit, train_records),
-        ("test", config.data.test, config.data.test_limit, test_records),
-    ):
-        if limit is None:  # ten times as fast as writing them anew
-            copy_file(records_file(name, split), folder.data(split))
-        else:
-            write_records(folder.data(split), records)
+    _write_split(folder, "train", config.data.train, config.data.train_limit, train_records)
     if config.model.student == DEMO:
         _build_demo_model(folder, train_records)
-    _require_fit(folder, teacher_records, train_records)
+    student, teacher = start_of(folder), config.model.teacher
+    if teacher not in (None, DEMO, student):
+        require_same_images(read_config(student), read_config(teacher), student, teacher)
+        _require_same_tokens(config, teacher, student)
+    _require_fit(folder, teacher_records, train_records, test_records)
     if config.generate.scorer == DEMO:
-        log = MetricsLog(folder.path / "metrics.jsonl")
-        log.forget("clip")
-        generate.train_clip(
-            train_records,
-            root,
-            folder.scorer,
-            steps=config.generate.scorer_steps,
-            seed=config.seed,
-            log=log.append,
-            progress=progress,
-        )
+        _train_scorer(folder, train_records, progress)
     return (
         f"{len(train_records)} training and {len(test_records)} test records, "
         f"{len(teacher_records)} for the teacher"
     )
 
 
+def _train_scorer(folder: RunFolder, records: Sequence[Record], progress: Update) -> None:
+    """The small CLIP, unless the records are none that it could learn from and none needs it."""
+    settings = folder.config.generate
+    if not settings.asks_scorer and len(generate.clip_records(records)) < 2:
+        return
+    log = MetricsLog(folder.path / "metrics.jsonl")
+    log.forget("clip")
+    generate.train_clip(
+        records,
+        data_root(folder.config.data),
+        folder.scorer,
+        steps=settings.scorer_steps,
+        seed=folder.config.seed,
+        log=log.append,
+        progress=progress,
+    )
+
+
+def _write_split(
+    folder: RunFolder, split: str, name: str, limit: int | None, records: Sequence[Record]
+) -> None:
+    if limit is None:  # ten times as fast as writing them anew
+        copy_file(records_file(name, split), folder.data(split))
+    else:
+        write_records(folder.data(split), records)
+
+
 def _require_fit(
-    folder: RunFolder, teacher_records: Sequence[Record], train_records: Sequence[Record]
+    folder: RunFolder,
+    teacher_records: Sequence[Record],
+    train_records: Sequence[Record],
+    test_records: Sequence[Record],
 ) -> None:
     """Make sure now, not when the teacher is trained, that no stage meets too long a record."""
     config = folder.config
@@ -99,6 +106,8 @@ def _require_fit(
         longest = min(longest, config.correct.max_length)
     for records, limit in ((teacher_records, config.teacher.max_length), (train_records, longest)):
         require_fit(AnswerDataset(records, root, processor, limit))
+    for records in (train_records, test_records):
+        require_places(records, root, processor, positions_of(config))
 
 
 def _require_same_tokens(config: RunConfig, teacher: str, student: str) -> None:
@@ -120,7 +129,8 @@ def _build_demo_model(folder: RunFolder, records: Sequence[Record]) -> None:
 
 def teacher(folder: RunFolder, progress: Update) -> str:
     """Fine-tune a copy of the start on the teacher's share of the training split."""
-    start = folder.config.model.teacher or start_of(folder)
+    given = folder.config.model.teacher
+    start = start_of(folder) if given in (None, DEMO) else given
     return run_task(folder, TrainTask("teacher", start, str(folder.teacher)), progress)
 
 
@@ -209,7 +219,14 @@ def _count_corrections(folder: RunFolder, round_: int) -> int:
 
 def generate_answers(folder: RunFolder, progress: Update) -> str:
     """Answer the test split with every model; CLIP chooses among the last one's beams."""
-    config = folder.config.generate
+    config, data = folder.config.generate, folder.config.data
+    if not folder.data("test").exists():  # `prepare` looked at it, or at an earlier one
+        records = read_records(records_file(data.test, "test"))
+        records = limit_records(records, data.test_limit, folder.config.seed)
+        require_sound(read_records(folder.data("train")), records, data_root(data))
+        processor = load_processor(folder.config, start_of(folder))
+        require_places(records, data_root(data), processor, positions_of(folder.config))
+        _write_split(folder, "test", data.test, data.test_limit, records)
     earlier = {
         "base": start_of(folder),
         "teacher": str(folder.teacher),
@@ -222,7 +239,11 @@ def generate_answers(folder: RunFolder, progress: Update) -> str:
             run_task(folder, task, progress)
     output = folder.path / "predictions.jsonl"
     last = AnswerTask(str(folder.final_student), "test", str(output), config.num_beams, final=True)
-    answers = run_task(folder, last, progress)
+    run_task(folder, last, progress)
+    errors = [row["error"] is not None for row in read_jsonl(output)]
+    answers = f"{len(errors)} answers" + (
+        f", {sum(errors)} questions failed" if any(errors) else ""
+    )
     return f"{answers}, beams {config.num_beams}, selection {config.selection!r}"
 
 

@@ -101,10 +101,17 @@ def load_model(
         return _load_cut(config, path, getattr(torch, numbers)), load_processor(config, path)
     dtype = torch.float32 if training else getattr(torch, config.model.dtype)
     extra = quantisation(config.model.adapter) if training else {}
-    model = models.load(path, positions=positions_of(config), dtype=dtype, **extra)
+    model = _placed(config, models.load(path, dtype=dtype, **extra))
     if torch.cuda.is_available() and not extra:
         model = model.cuda()
     return model, load_processor(config, path)
+
+
+def _placed(config: RunConfig, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the run's positions, whatever its checkpoint was trained with."""
+    wanted = positions_of(config)
+    placed = models.positions_of(model.config) == wanted
+    return model if placed else models.apply(model, wanted)
 
 
 def _load_cut(
@@ -112,7 +119,7 @@ def _load_cut(
 ) -> PreTrainedModel:
     """This process's share of a model."""
     with cut_while_loading(dtype, offload):
-        model: Any = models.load(path, positions=positions_of(config), dtype=dtype)
+        model: Any = _placed(config, models.load(path, dtype=dtype))
     # on this way transformers keeps renamings that loading did not need; a save would apply them
     model._weight_conversions = None
     return model

@@ -152,7 +152,7 @@ def _answer(folder: RunFolder, task: AnswerTask, progress: Update, rank: int, wo
     config = folder.config.generate
     model, processor = load_model(folder.config, task.model)
     scorer: Any = None
-    if task.final and config.selection in ("clip", "mixed", "oracle"):
+    if task.final and config.asks_scorer:
         name = f"local-dir:{folder.scorer}" if config.scorer == DEMO else config.scorer
         scorer = generate.ClipScorer.load(name, model.device)
     records = asked_records(folder, task.records)

