@@ -18,7 +18,7 @@ MAX_PIXELS = 64 << 20  # decoded pixels of one image; a larger one is refused, n
 # no formats that start other programs or read other files, as EPS does
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "JPEG2000")
 MEDICAL_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz")
-PLAIN_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm", ".pbm", ".jp2")  # fmt: skip
+PLAIN_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".jp2")
 _ORIENTATION = 0x0112  # EXIF tag; 5…8 exchange width and height
 
 

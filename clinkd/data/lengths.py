@@ -69,9 +69,8 @@ def require_places(
             height, width, factor, images.size["shortest_edge"], images.size["longest_edge"]
         )
         try:
-            check_grids(
-                [(sides[0] // factor, sides[1] // factor)], positions.rule, positions.pos_scale
-            )
+            grid = (sides[0] // factor, sides[1] // factor)
+            check_grids([grid], positions.rule, positions.pos_scale)
         except ValueError as error:
             return str(error)
         return None
@@ -79,9 +78,8 @@ def require_places(
     for record in records:
         dataset.require_plain(record)
         for name in record.images:
-            alone = len(record.images) == 1 and record.size is not None
-            size = record.size if alone else image_size(root, name)
-            if why := fault(*size):
+            size = record.size if len(record.images) == 1 else None
+            if why := fault(*(size or image_size(root, name))):
                 raise DataError(
                     f"record {record.id!r}: image {name!r} is too long for its width: {why} "
                     "(model.positions.pos_scale), or leave the record out"

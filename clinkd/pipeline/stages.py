@@ -240,10 +240,8 @@ def generate_answers(folder: RunFolder, progress: Update) -> str:
     output = folder.path / "predictions.jsonl"
     last = AnswerTask(str(folder.final_student), "test", str(output), config.num_beams, final=True)
     run_task(folder, last, progress)
-    errors = [row["error"] is not None for row in read_jsonl(output)]
-    answers = f"{len(errors)} answers" + (
-        f", {sum(errors)} questions failed" if any(errors) else ""
-    )
+    failed = [row["error"] is not None for row in read_jsonl(output)]
+    answers = f"{len(failed)} answers" + (f" ({sum(failed)} failed)" if any(failed) else "")
     return f"{answers}, beams {config.num_beams}, selection {config.selection!r}"
 
 
