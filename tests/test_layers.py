@@ -20,7 +20,7 @@ BELOW = {
     "evaluate": {"evaluate", "data", "generate", "config", "progress"},
     "report": {"report", "evaluate", "data", "config", "progress", "pipeline"},
     "pipeline": {"pipeline", "train", "models", "generate", "evaluate", "report", "data", "config",
-                 "progress", "rotary"},
+                 "progress", "positions", "rotary"},
 }  # fmt: skip
 EVERYBODY = {"errors", "_version"}
 

@@ -1,17 +1,9 @@
-"""Whether records fit a model, known before any of their images is decoded."""
+"""How many tokens records take, known before any of their images is decoded."""
 
-from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 from clinkd.data.collate import AnswerDataset
-from clinkd.data.images import image_size
 from clinkd.data.prompt import messages
-from clinkd.data.records import Record
-from clinkd.errors import DataError
-from clinkd.positions import check_grids
-from clinkd.rotary import PositionConfig
 
 NFC_GROWTH = 3  # normalising makes UTF-8 text at most three times as long
 
@@ -43,44 +35,3 @@ def require_fit(dataset: AnswerDataset) -> None:
         most += frame(len(texts), len(record.images)) + sum(dataset.image_tokens(record))
         if most > dataset.max_length:
             dataset.length(index)
-
-
-def require_places(
-    records: Sequence[Record],
-    root: str | Path,
-    processor: Any,
-    positions: PositionConfig,
-) -> None:
-    """Make sure that every image has a place in the positions, and no text holds image tokens.
-
-    Raises:
-        DataError: a record whose image is too long for its width, or whose text stands for patches;
-            it is named.
-    """
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-    dataset = AnswerDataset(records, root, processor, max_length=1)
-    images = processor.image_processor
-    factor = images.patch_size * images.merge_size
-
-    @lru_cache(maxsize=65536)
-    def fault(width: int, height: int) -> str | None:
-        sides = smart_resize(
-            height, width, factor, images.size["shortest_edge"], images.size["longest_edge"]
-        )
-        try:
-            grid = (sides[0] // factor, sides[1] // factor)
-            check_grids([grid], positions.rule, positions.pos_scale)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    for record in records:
-        dataset.require_plain(record)
-        for name in record.images:
-            size = record.size if len(record.images) == 1 else None
-            if why := fault(*(size or image_size(root, name))):
-                raise DataError(
-                    f"record {record.id!r}: image {name!r} is too long for its width: {why} "
-                    "(model.positions.pos_scale), or leave the record out"
-                )

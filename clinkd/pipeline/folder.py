@@ -28,7 +28,7 @@ STAGES = (
 
 # what each stage alone writes, removed before it starts over
 OWNED = {
-    "prepare": ("data", "student/base", "scorer"),
+    "prepare": ("data/train.jsonl", "data/teacher.jsonl", "student/base", "scorer"),
     "teacher": ("teacher",),
     "pseudo-label": ("pseudo",),
     "distill": ("student/distilled",),

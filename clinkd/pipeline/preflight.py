@@ -1,14 +1,23 @@
-"""What a later stage would miss, found before the first one: packages, models, keys."""
+"""What a later stage would stumble over, found before the first one."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from clinkd.config import DEMO, RunConfig
+from clinkd.data.collate import AnswerDataset
+from clinkd.data.images import image_size
 from clinkd.data.records import Record
-from clinkd.errors import SetupError
+from clinkd.errors import DataError, SetupError
 from clinkd.evaluate.text.jars import require_spice
 from clinkd.evaluate.text.scene_graph import require_parser
 from clinkd.generate import ClipScorer
+from clinkd.positions import check_grids
+from clinkd.rotary import PositionConfig
 from clinkd.train.correction.similarity import make_similarity
 from clinkd.train.correctors import make_corrector
 
@@ -38,3 +47,42 @@ def require_parts(config: RunConfig, test_records: Sequence[Record]) -> None:
         require_spice()
     elif any(record.task == "RC" for record in test_records):
         require_parser()
+
+
+def require_places(
+    records: Sequence[Record],
+    root: str | Path,
+    processor: Any,
+    positions: PositionConfig,
+) -> None:
+    """Make sure that every image has a place in the positions, and no text holds image tokens.
+
+    Raises:
+        DataError: a record whose image is too long for its width, or whose text stands for patches;
+            it is named.
+    """
+    dataset = AnswerDataset(records, root, processor, max_length=1)
+    images = processor.image_processor
+    factor = images.patch_size * images.merge_size
+
+    @lru_cache(maxsize=65536)
+    def fault(width: int, height: int) -> str | None:
+        sides = smart_resize(
+            height, width, factor, images.size["shortest_edge"], images.size["longest_edge"]
+        )
+        try:
+            grid = (sides[0] // factor, sides[1] // factor)
+            check_grids([grid], positions.rule, positions.pos_scale)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    for record in records:
+        dataset.require_plain(record)
+        for name in record.images:
+            size = record.size if len(record.images) == 1 else None
+            if why := fault(*(size or image_size(root, name))):
+                raise DataError(
+                    f"record {record.id!r}: image {name!r} is too long for its width: {why} "
+                    "(model.positions.pos_scale), or leave the record out"
+                )

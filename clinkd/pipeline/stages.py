@@ -10,14 +10,14 @@ from clinkd.config import DEMO, CorrectConfig, RunConfig
 from clinkd.data.checks import require_sound
 from clinkd.data.collate import AnswerDataset
 from clinkd.data.files import copy_file, read_jsonl, write_jsonl
-from clinkd.data.lengths import require_fit, require_places
+from clinkd.data.lengths import require_fit
 from clinkd.data.records import Record, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
 from clinkd.data.tokenizer import require_same_tokens
 from clinkd.evaluate.run import evaluate_run
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
-from clinkd.pipeline.preflight import require_parts
+from clinkd.pipeline.preflight import require_parts, require_places
 from clinkd.pipeline.steps import (
     asked_records,
     load_processor,

@@ -67,12 +67,14 @@ def test_damaged_book(folder):
 
 def test_require_names_the_command(folder):
     with pytest.raises(ClinkdError, match="clinkd teacher CONFIG"):
-        folder.require("teacher")
-    folder.note("teacher", status="running")
+        folder.require("teacher", "mark")
+    folder.note("teacher", status="running", fingerprint="mark")
     with pytest.raises(ClinkdError):
-        folder.require("teacher")
+        folder.require("teacher", "mark")
     folder.note("teacher", status="done")
-    folder.require("teacher")
+    folder.require("teacher", "mark")
+    with pytest.raises(ClinkdError, match=r"other settings.*--from teacher --update"):
+        folder.require("teacher", "another mark")
 
 
 def test_clear_removes_the_stage_alone(folder):
