@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from clinkd import cli
+from clinkd.config import load
 from clinkd.errors import ClinkdError, ConfigError, DataError, Preempted, SetupError
 
 ROOT = Path(__file__).parent.parent
@@ -123,3 +124,35 @@ def test_evaluate_a_prediction_file(tmp_path):
     assert found["tasks"]["VG"]["score"] == 100
     assert found["tasks"]["ROC"]["score"] == 100
     assert [bad["line"] for bad in found["bad_lines"]] == [3]
+
+
+def test_evaluate_takes_options_where_they_mean_something(tmp_path):
+    (tmp_path / "c.yaml").write_text("{}")
+    (tmp_path / "p.jsonl").write_text("")
+    wrong = invoke("evaluate", str(tmp_path / "c.yaml"), "--protocol", "strict", "--json")
+    assert isinstance(wrong.exception, ConfigError)
+    assert "--json, --protocol: of a prediction file" in str(wrong.exception)
+    wrong = invoke("evaluate", str(tmp_path / "p.jsonl"), "seed=1")
+    assert "is a prediction file: key=value and --update" in str(wrong.exception)
+    empty = invoke("evaluate", str(tmp_path / "p.jsonl"), "--protocol", "strict")
+    assert isinstance(empty.exception, DataError)
+    assert "holds no prediction" in str(empty.exception)
+
+
+def test_converting_a_file_into_itself_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("")
+    done = invoke("data", "convert", str(path), str(tmp_path / "." / "a.jsonl"), "--to", "swift")
+    assert "OUT must be another file than IN" in str(done.exception)
+
+
+def test_a_drawing_that_could_not_be_saved_is_refused_before_the_answer(tmp_path):
+    done = invoke("ask", "a.png", "?", "--model", "m", "--show", str(tmp_path / "no" / "o.png"))
+    assert "--show must name a .png file in a folder that exists" in str(done.exception)
+
+
+def test_demo_writes_where_it_is_told_to(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(cli, "_execute", lambda config, overrides, **_: told.append(overrides))
+    invoke("demo", "--output", "results #2")
+    assert load(ROOT / "configs" / "demo.yaml", told[0]).output == "results #2"

@@ -81,12 +81,21 @@ def test_bad_overrides(tmp_path, override, message):
         ("a: [", "not valid YAML"),
         ("- 1", "must hold keys and values"),
         ("!!python/name:os.system ''", "not valid YAML"),
+        ("seed: 1\nteacher: {}\nseed: 2\n", "key 'seed' stands here twice"),
+        ("teacher:\n  epochs: 1\n  epochs: 2\n", "key 'epochs' stands here twice"),
     ],
 )
 def test_broken_files(tmp_path, text, message):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
+        load(path)
+
+
+def test_a_file_in_another_encoding(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes("output: Köln".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"not UTF-8 text: .* at byte 9"):
         load(path)
 
 
@@ -98,6 +107,46 @@ def test_missing_file(tmp_path):
 def test_dump_reads_back():
     config = check({"seed": 3, "model": {"positions": {"preset": "gap2"}}})
     assert RunConfig.model_validate(yaml.safe_load(dump(config))) == config
+
+
+def test_texts_in_overrides_stand_as_they_are_written(tmp_path):
+    """YAML would end at the #, and take 2025 for a number."""
+    path = tmp_path / "run.yaml"
+    path.write_text("{}")
+    for text in ("run #2", "2025", "a: b", "null", "[x]", "~user/of/none"):
+        assert load(path, [f"output={text}"]).output == text
+    assert load(path, ["data.root=images #1"]).data.root == "images #1"
+    assert load(path, ["data.root=null"]).data.root is None
+    assert load(path, ["seed=0x10"]).seed == 16
+
+
+def test_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    config = check({"output": "~/run", "data": {"train": "~/a.jsonl", "root": "~/images"}})
+    assert config.output == "/home/of/mine/run"
+    assert (config.data.train, config.data.root) == (
+        "/home/of/mine/a.jsonl",
+        "/home/of/mine/images",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"teacher": {"epochs": float("inf")}}, "teacher.epochs: .*finite"),
+        (
+            {"model": {"positions": {"pos_scale": [-1, 0]}}},
+            "pos_scale: must be two numbers",
+        ),
+        ({"model": {"min_pixels": 100_000, "max_pixels": 3136}}, "min_pixels must be at most max"),
+        ({"model": {"demo": {"vision_width": 40}}}, "vision_width: must be a multiple of 32"),
+        ({"model": {"adapter": {"targets": "((("}}}, "targets: must be a regular expression"),
+        ({"model": {"student": "some/model", "teacher": "demo"}}, "teacher 'demo' needs student"),
+    ],
+)
+def test_what_would_fail_hours_later(tree, message):
+    with pytest.raises(ConfigError, match=message):
+        check(tree)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)

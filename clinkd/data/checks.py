@@ -28,7 +28,8 @@ class Fault:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.message}"
+        known = self.message.startswith(f"{self.place}: ")  # its id
+        return self.message if known else f"{self.place}: {self.message}"
 
 
 @dataclass(frozen=True, slots=True)

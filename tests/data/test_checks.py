@@ -157,8 +157,15 @@ def test_require_sound_counts_and_shows_some(root):
     with pytest.raises(DataError) as caught:
         require_sound(wrong, [record_from_json(row("a"))], root)
     message = str(caught.value)
-    assert message.startswith("8 records cannot be used: n0: n0: image 'n0.png' does not exist")
+    assert message.startswith("8 records cannot be used: n0: image 'n0.png' does not exist")
     assert "… and 3 more" in message
+
+
+@pytest.mark.parametrize("split", ["training", "test"])
+def test_a_split_without_records(root, split):
+    some = [record_from_json(row("a"))]
+    with pytest.raises(DataError, match=f"the {split} split holds no record"):
+        require_sound(*(([], some) if split == "training" else (some, [])), root)
 
 
 def test_unknown_way_of_checking(root):

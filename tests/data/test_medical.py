@@ -1,5 +1,6 @@
 """DICOM and NIfTI slices, with files that pydicom and nibabel bring along or that are made here."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,13 @@ def test_dicom_window_of_the_name(tmp_path):
     )
     expected = np.rint(np.clip((RAMP - 100.0) * 255 / 500, 0, 255))
     assert np.array_equal(grey(load_image(tmp_path, "a.dcm#window=250:500")), expected)
+
+
+@pytest.mark.parametrize("name", ["1.2.840.10008", "IM0001", "slice.ima", "a.b.c"])
+def test_dicom_by_the_names_that_exports_give(tmp_path, name):
+    write_dicom(tmp_path / "a.dcm", np.arange(64, dtype=np.uint16).reshape(8, 8))
+    os.rename(tmp_path / "a.dcm", tmp_path / name)
+    assert load_image(tmp_path, name).size == image_size(tmp_path, name) == (8, 8)
 
 
 def test_monochrome1_is_turned_over(tmp_path):

@@ -1,11 +1,13 @@
 """The search gives what transformers' beam search gives, token for token."""
 
+import numpy as np
 import pytest
 import torch
-from conftest_generate import VOCABULARY, make_model, make_other, make_request
+from conftest_generate import IMAGE_TOKEN, VOCABULARY, make_model, make_other, make_request
+from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from clinkd.generate import BeamSearcher
+from clinkd.generate import BeamSearcher, inputs
 from clinkd.generate.cache import PrefixCache
 from clinkd.generate.hypotheses import Hypotheses, Rules
 from clinkd.models import apply
@@ -257,6 +259,18 @@ def test_a_bad_request_fails_alone(model, change, message):
     assert all(len(r.candidates) == 3 and r.error is None for r in (results[0], results[2]))
 
 
+def test_an_image_without_a_place_fails_alone():
+    """One row of 20 patches would begin before the text in front of it."""
+    model = apply(make_model(), PositionConfig("warm"))
+    good = requests_of(71, count=2, images=(1,))
+    ids = [5, *[IMAGE_TOKEN] * 20, 6]
+    thin = {"id": "thin", "input_ids": ids, "pixel_values": torch.zeros(80, 1176)}
+    thin["image_grid_thw"] = torch.tensor([[1, 2, 40]])
+    results = BeamSearcher(model, None, 3, 3, 5).generate([good[0], thin, good[1]])
+    assert "pos_scale (2.0, 2.0) puts patches of a 1 by 20 image before" in results[1].error
+    assert all(len(r.candidates) == 3 for r in (results[0], results[2]))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -276,3 +290,22 @@ def test_settings_are_checked(model, settings, message):
 def test_no_processor(model):
     (result,) = BeamSearcher(model, None).generate([{"id": "a", "question": "what?"}])
     assert "needs a processor" in result.error
+
+
+def test_sixteen_bits_of_grey_are_stretched_not_clipped(monkeypatch):
+    """PIL's own way to RGB makes white of all above 255."""
+    seen = []
+
+    def encode(processor, question, images):
+        seen.extend(images)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(inputs, "encode_prompt", encode)
+    grey = Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8))
+    searcher = BeamSearcher(make_model(), object(), 1, 1, 2, stop_ids=[1])
+    (result,) = searcher.generate([{"id": "a", "image": grey, "question": "?"}])
+    assert result.error == "enough"
+    values = np.asarray(seen[0])
+    assert values.shape == (8, 8, 3)
+    assert (values[..., 0].min(), values[..., 0].max()) == (0, 255)
+    assert len(np.unique(values)) == 64

@@ -1,5 +1,8 @@
 """What is seen while a model trains, and what stops a step that would be wrong."""
 
+import os
+import signal
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -136,3 +139,14 @@ def test_no_model_or_checkpoint_with_nan_is_saved(tmp_path, records, processor, 
     assert not (tmp_path / "a" / "config.json").exists()
     kept = sorted(path.name for path in (tmp_path / "a" / "checkpoints").glob("checkpoint-*"))
     assert kept == ["checkpoint-2"]
+
+
+def test_ctrl_c_saves_first_and_stops_at_the_second(tmp_path, records):
+    callback = watch.Watch(make_job(tmp_path, records))
+    before = signal.getsignal(signal.SIGINT)
+    with watch.Signals(callback):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert callback.signalled
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
