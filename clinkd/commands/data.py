@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from clinkd.data.files import require_lines
 from clinkd.errors import ConfigError, DataError
 
 app = typer.Typer(
@@ -119,7 +120,8 @@ def check(
     from clinkd.data.checks import ImageCheck, check_dataset
 
     for path in (train, test):
-        _require_lines(path)
+        if path is not None:
+            require_lines(path)
     how: ImageCheck = "decode" if decode else "header"
     faults = check_dataset(train, test, root or train.parent, images=how)
     if as_json:
@@ -177,7 +179,7 @@ def split(
     from clinkd.data import split as splitting
     from clinkd.data.records import read_records, write_records
 
-    _require_lines(source)
+    require_lines(source)
     fractions = {"test": test} | ({"valid": valid} if valid else {})
     parts = splitting.split(read_records(source), fractions, seed)
     for part in parts:
@@ -189,15 +191,6 @@ def split(
         shares = ", ".join(f"{task} {tasks[task]}" for task in sorted(tasks))
         groups = len({record.group for record in records})
         typer.echo(f"{output / part}.jsonl: {len(records)} records, {groups} groups ({shares})")
-
-
-def _require_lines(path: Path | None) -> None:
-    """A run reads JSON lines: the command that makes them, where a file is none."""
-    if path is not None and path.suffix.lower() in (".json", ".parquet"):
-        raise ConfigError(
-            f"{path}: records are read from JSON lines; first: clinkd data convert {path} "
-            f"{path.with_suffix('.jsonl')}"
-        )
 
 
 def _boxes(name: str | None) -> Any:

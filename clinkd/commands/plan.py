@@ -80,7 +80,7 @@ def _fits(found: dict[str, Any], chosen: str) -> Table:
         cells = []
         for peak in peaks.values():
             card = next((card for card in CARDS if peak <= card * 1e9 * (1 - RESERVE)), None)
-            cells.append(f"{peak / 1e9:.3g}: {card or 'no'}")
+            cells.append(f"{max(peak / 1e9, 0.01):.3g}: {card or 'no'}")
         table.add_row(strategy + (" (chosen)" if strategy == chosen else ""), *cells)
     return table
 

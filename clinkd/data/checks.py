@@ -88,6 +88,8 @@ def _check_split(
             sound.append(placed[-1])
         else:
             faults.append(Fault(place, message))
+    if isinstance(source, str | os.PathLike) and not placed and not faults:
+        faults.append(Fault(os.fspath(source), "holds no record"))
     return placed, sound
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from clinkd.errors import DataError, SetupError
+from clinkd.errors import ConfigError, DataError, SetupError
 
 _CAUSES = {
     errno.ENOSPC: "no space left on the disk; free some and start again",
@@ -26,6 +26,24 @@ _CAUSES = {
     errno.ENOENT: "its folder cannot be made",
     errno.ENAMETOOLONG: "its name is too long",
 }
+
+
+def require_lines(path: Path) -> None:
+    """Raise where a file of records is none of JSON lines by its name, with what makes one of it.
+
+    Raises:
+        ConfigError: it is JSON, Parquet or CSV.
+    """
+    suffix = path.suffix.lower()
+    if suffix in (".json", ".parquet"):
+        raise ConfigError(
+            f"{path}: records are read from JSON lines; first: clinkd data convert {path} "
+            f"{path.with_suffix('.jsonl')}"
+        )
+    if suffix in (".csv", ".tsv", ".xlsx"):
+        raise ConfigError(
+            f"{path}: records are read from JSON lines, one object a line; its keys: docs/data.md"
+        )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from clinkd.config import SAMPLE, DataConfig
+from clinkd.data.files import require_lines
 from clinkd.errors import DataError
 
 SAMPLE_FOLDER = Path(__file__).parent.parent / "data" / "sample"
@@ -12,7 +13,9 @@ def records_file(name: str, split: str) -> Path:
     """The JSON-lines file of a split: a path, or the shipped sample's."""
     path = SAMPLE_FOLDER / f"{split}.jsonl" if name == SAMPLE else Path(name)
     if not path.is_file():
-        raise DataError(f"data.{split}: {path} does not exist")
+        what = "is a folder, not a file of records" if path.is_dir() else "does not exist"
+        raise DataError(f"data.{split}: {path} {what}")
+    require_lines(path)
     return path
 
 

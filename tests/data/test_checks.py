@@ -161,6 +161,11 @@ def test_require_sound_counts_and_shows_some(root):
     assert "… and 3 more" in message
 
 
+def test_a_file_without_records(tmp_path, root):
+    (fault,) = check_dataset(write(tmp_path / "empty.jsonl"), None, root)
+    assert str(fault).endswith("empty.jsonl: holds no record")
+
+
 @pytest.mark.parametrize("split", ["training", "test"])
 def test_a_split_without_records(root, split):
     some = [record_from_json(row("a"))]

@@ -39,6 +39,22 @@ def test_missing_data(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.parquet", r"first: clinkd data convert .*a\.parquet .*a\.jsonl"),
+        ("a.json", "first: clinkd data convert"),
+        ("a.csv", "one object a line"),
+    ],
+)
+def test_data_in_another_format(tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, train=str(tmp_path / name))
+    with pytest.raises(DataError, match="is a folder, not a file of records"):
+        run(tmp_path, train=str(tmp_path))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_in_any_stage_is_no_failure(tmp_path, monkeypatch, number):
