@@ -94,6 +94,8 @@ def _execute(
     from clinkd.config import load
     from clinkd.progress import Console
 
+    if (config.parent / "run.json").is_file() and config.name == "config.yaml":
+        overrides = [f"output={config.parent}", *overrides]  # a run's own, wherever it was moved
     settings = load(config, overrides)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

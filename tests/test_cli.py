@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from clinkd import cli
 from clinkd.config import load
 from clinkd.errors import ClinkdError, ConfigError, DataError, Preempted, SetupError
+from clinkd.pipeline import runner
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "open_clip", "spacy", "matplotlib", "deepspeed", "scipy", "numpy")
@@ -149,6 +150,19 @@ def test_converting_a_file_into_itself_is_refused(tmp_path):
 def test_a_drawing_that_could_not_be_saved_is_refused_before_the_answer(tmp_path):
     done = invoke("ask", "a.png", "?", "--model", "m", "--show", str(tmp_path / "no" / "o.png"))
     assert "--show must name a .png file in a folder that exists" in str(done.exception)
+
+
+def test_a_run_folder_that_was_moved_goes_on_where_it_is(monkeypatch, tmp_path):
+    outputs = []
+    monkeypatch.setattr(runner, "run", lambda config, *_, **__: outputs.append(config.output))
+    moved = tmp_path / "moved #2"
+    moved.mkdir()
+    (moved / "config.yaml").write_text("output: run")
+    invoke("generate", str(moved / "config.yaml"))
+    (moved / "run.json").write_text("{}")
+    invoke("generate", str(moved / "config.yaml"))
+    invoke("generate", str(moved / "config.yaml"), "output=elsewhere")
+    assert outputs == ["run", str(moved), "elsewhere"]
 
 
 def test_demo_writes_where_it_is_told_to(monkeypatch, tmp_path):
