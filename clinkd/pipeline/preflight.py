@@ -18,7 +18,7 @@ from clinkd.evaluate.text.scene_graph import require_parser
 from clinkd.generate import ClipScorer
 from clinkd.positions import check_grids
 from clinkd.rotary import PositionConfig
-from clinkd.train.correction.similarity import make_similarity
+from clinkd.train.correction.similarity import require_similarity
 from clinkd.train.correctors import make_corrector
 
 ADAPTERS = {"lora": "peft", "qlora": "bitsandbytes"}
@@ -39,7 +39,7 @@ def require_parts(config: RunConfig, test_records: Sequence[Record]) -> None:
     if config.log.wandb and find_spec("wandb") is None:
         raise SetupError("log.wandb needs its package: pip install 'clinkd[wandb]'")
     if config.correct.rounds:
-        make_similarity(config.correct.similarity)
+        require_similarity(config.correct.similarity)
         make_corrector(config.correct.corrector, cache="replies.jsonl", data_root=".")
     if config.generate.scorer != DEMO and config.generate.asks_scorer:
         ClipScorer.load(config.generate.scorer)
@@ -77,9 +77,13 @@ def require_places(
             return str(error)
         return None
 
+    seen: set[str] = set()
     for record in records:
         dataset.require_plain(record)
         for name in record.images:
+            if name in seen:
+                continue
+            seen.add(name)
             size = record.size if len(record.images) == 1 else None
             if why := fault(*(size or image_size(root, name))):
                 raise DataError(

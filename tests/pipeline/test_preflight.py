@@ -13,6 +13,7 @@ from clinkd.pipeline import preflight
 from clinkd.pipeline.steps import load_model
 from clinkd.rotary import PositionConfig
 from clinkd.train.checkpoint import save_model
+from clinkd.train.correction import similarity
 
 LOCAL = {"similarity": "token_f1", "corrector": {"kind": "local", "model": "none"}}
 LIGHT = {"correct": {"rounds": 0}, "generate": {"selection": "beam"}}
@@ -62,6 +63,15 @@ def test_parts_that_are_missing(without, tree, error, message):
     without("peft", "bitsandbytes", "wandb")
     with pytest.raises(error, match=message):
         preflight.require_parts(check(LIGHT | tree), [])
+
+
+def test_the_sentence_encoder_is_looked_for_not_loaded(monkeypatch):
+    config = check(LIGHT | {"correct": {"similarity": "minilm"}})
+    monkeypatch.setattr(similarity, "SentenceSimilarity", None)
+    preflight.require_parts(config, [])
+    monkeypatch.setattr(similarity, "find_spec", lambda name: None)
+    with pytest.raises(SetupError, match="not installed: pip install"):
+        preflight.require_parts(config, [])
 
 
 def test_a_parser_is_needed_where_it_parses(monkeypatch):

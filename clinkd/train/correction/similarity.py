@@ -41,11 +41,7 @@ class SentenceSimilarity:
     def __init__(
         self, path: str | Path, *, name: str | None = None, device: str | None = None
     ) -> None:
-        if find_spec("sentence_transformers") is None:
-            raise SetupError(
-                "sentence-transformers is not installed: pip install 'clinkd[demo]', or set "
-                f"correct.similarity={TOKEN_F1}"
-            )
+        _require_package()
         from sentence_transformers import SentenceTransformer
 
         self.name = name or f"sentence:{Path(path).name}"
@@ -87,14 +83,35 @@ def make_similarity(name: str) -> Similarity:
     if name == TOKEN_F1:
         return TokenF1()
     if name == MINILM:
-        spec = find_spec(_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise SetupError(
-                "the MiniLM sentence encoder is not installed: pip install 'clinkd[demo]', or set "
-                f"correct.similarity={TOKEN_F1}"
-            )
-        return SentenceSimilarity(Path(spec.origin).parent / "model", name="all-MiniLM-L6-v2")
+        return SentenceSimilarity(_minilm(), name="all-MiniLM-L6-v2")
     return SentenceSimilarity(name)
+
+
+def require_similarity(name: str) -> None:
+    """Raise where `make_similarity` would; of what is installed nothing is loaded."""
+    if name == MINILM:
+        _require_package()
+        _minilm()
+    elif name != TOKEN_F1:
+        SentenceSimilarity(name)
+
+
+def _require_package() -> None:
+    if find_spec("sentence_transformers") is None:
+        raise SetupError(
+            "sentence-transformers is not installed: pip install 'clinkd[demo]', or set "
+            f"correct.similarity={TOKEN_F1}"
+        )
+
+
+def _minilm() -> Path:
+    spec = find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SetupError(
+            "the MiniLM sentence encoder is not installed: pip install 'clinkd[demo]', or set "
+            f"correct.similarity={TOKEN_F1}"
+        )
+    return Path(spec.origin).parent / "model"
 
 
 def _pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
