@@ -39,7 +39,8 @@ def encode_request(
             raise ValueError("a request without input_ids needs a processor")
         images = request.get("images", request.get("image"))
         images = [] if images is None else [images] if isinstance(images, Image.Image) else images
-        encoded = encode_prompt(processor, request["question"], [to_rgb(each) for each in images])
+        images = [to_rgb(each) if isinstance(each, Image.Image) else each for each in images]
+        encoded = encode_prompt(processor, request["question"], images)
         inputs = {name: encoded[name] for name in _INPUTS if name in encoded}
     _check(inputs, model, max_new_tokens)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}

@@ -155,11 +155,10 @@ def _cpu(
     Hkv, M = prefix_k.shape[1], suffix_k.shape[2]
     compute = torch.promote_types(q.dtype, torch.float32)
     # lengths lie on the host: no place beyond them is touched
-    used = int(suffix_lengths.max()) if B else 0
-    shortest = longest = prefix_k.shape[2]
-    if prefix_lengths is not None and B:
-        shortest, longest = (int(n) for n in prefix_lengths.aminmax())
-    P = longest
+    _, used = _bounds("suffix_lengths", suffix_lengths, M)
+    shortest = P = prefix_k.shape[2]
+    if prefix_lengths is not None:
+        shortest, P = _bounds("prefix_lengths", prefix_lengths, P)
     keys = [prefix_k[:, :, :P].to(compute), suffix_k[:, :, :used].to(compute)]
     values = [prefix_v[:, :, :P].to(compute), suffix_v[:, :, :used].to(compute)]
 
@@ -186,6 +185,16 @@ def _cpu(
         out = weights[..., :P] @ values[0] + weights[..., P:] @ values[1]
     merged: Tensor = out.view(B, Hkv, K, G, D).transpose(1, 2).reshape(B, K, Hq, D).to(q.dtype)
     return merged
+
+
+def _bounds(name: str, lengths: Tensor, room: int) -> tuple[int, int]:
+    """The least and the largest of some lengths on the host."""
+    if lengths.numel() == 0:
+        return 0, 0
+    least, most = (int(n) for n in lengths.aminmax())
+    if least < 0 or most > room:
+        raise ValueError(f"{name} must be in 0 … {room}, got {least} … {most}")
+    return least, most
 
 
 def _triton(

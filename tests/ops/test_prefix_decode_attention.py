@@ -216,3 +216,12 @@ def test_choice_of_implementation(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="it takes cuda tensors"):
         resolve_prefix_decode("triton", cpu, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["suffix_lengths", "prefix_lengths"])
+@pytest.mark.parametrize("wrong", [-1, 1000])
+def test_lengths_that_reach_beyond_on_the_cpu(name, wrong):
+    inputs = {key: value.cpu() for key, value in make_inputs(*SHAPES[1]).items()}
+    inputs[name][0] = wrong
+    with pytest.raises(ValueError, match=rf"{name} must be in 0 … \d+, got"):
+        run(inputs, "cpu")
