@@ -36,6 +36,7 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         self._images: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
         self._image_bytes = 0
         self._tokens = lru_cache(maxsize=65536)(self._tokens_of)
+        self._size = lru_cache(maxsize=65536)(lambda name: image_size(self.data_root, name))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -60,10 +61,14 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self._encode_text(record, self.image_tokens(record))[0])
 
     def image_tokens(self, record: Record) -> list[int]:
-        """Merged patches of each image, by the record's `size` or the file's header."""
+        """Merged patches of each image."""
+        return [self._tokens(*size) for size in self.image_sizes(record)]
+
+    def image_sizes(self, record: Record) -> list[tuple[int, int]]:
+        """Width and height of each image, by the record's `size` or the file's header."""
         if len(record.images) == 1 and record.size is not None:
-            return [self._tokens(*record.size)]
-        return [self._tokens(*image_size(self.data_root, name)) for name in record.images]
+            return [record.size]
+        return [self._size(name) for name in record.images]
 
     def _tokens_of(self, width: int, height: int) -> int:
         images = self.processor.image_processor

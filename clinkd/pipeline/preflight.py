@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from clinkd.config import DEMO, RunConfig
 from clinkd.data.collate import AnswerDataset
-from clinkd.data.images import image_size
 from clinkd.data.records import Record
 from clinkd.errors import DataError, SetupError
 from clinkd.evaluate.text.jars import require_spice
@@ -49,20 +46,14 @@ def require_parts(config: RunConfig, test_records: Sequence[Record]) -> None:
         require_parser()
 
 
-def require_places(
-    records: Sequence[Record],
-    root: str | Path,
-    processor: Any,
-    positions: PositionConfig,
-) -> None:
+def require_places(dataset: AnswerDataset, positions: PositionConfig) -> None:
     """Make sure that every image has a place in the positions, and no text holds image tokens.
 
     Raises:
         DataError: a record whose image is too long for its width, or whose text stands for patches;
             it is named.
     """
-    dataset = AnswerDataset(records, root, processor, max_length=1)
-    images = processor.image_processor
+    images = dataset.processor.image_processor
     factor = images.patch_size * images.merge_size
 
     @lru_cache(maxsize=65536)
@@ -77,15 +68,10 @@ def require_places(
             return str(error)
         return None
 
-    seen: set[str] = set()
-    for record in records:
+    for record in dataset.records:
         dataset.require_plain(record)
-        for name in record.images:
-            if name in seen:
-                continue
-            seen.add(name)
-            size = record.size if len(record.images) == 1 else None
-            if why := fault(*(size or image_size(root, name))):
+        for name, size in zip(record.images, dataset.image_sizes(record), strict=True):
+            if why := fault(*size):
                 raise DataError(
                     f"record {record.id!r}: image {name!r} is too long for its width: {why} "
                     "(model.positions.pos_scale), or leave the record out"

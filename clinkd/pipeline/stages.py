@@ -104,10 +104,14 @@ def _require_fit(
     longest = config.distill.max_length
     if config.correct.rounds:
         longest = min(longest, config.correct.max_length)
-    for records, limit in ((teacher_records, config.teacher.max_length), (train_records, longest)):
-        require_fit(AnswerDataset(records, root, processor, limit))
-    for records in (train_records, test_records):
-        require_places(records, root, processor, positions_of(config))
+    require_fit(AnswerDataset(teacher_records, root, processor, config.teacher.max_length))
+    train, test = (
+        AnswerDataset(records, root, processor, longest)
+        for records in (train_records, test_records)
+    )
+    require_fit(train)
+    for dataset in (train, test):
+        require_places(dataset, positions_of(config))
 
 
 def _require_same_tokens(config: RunConfig, teacher: str, student: str) -> None:
@@ -225,7 +229,8 @@ def generate_answers(folder: RunFolder, progress: Update) -> str:
         records = limit_records(records, data.test_limit, folder.config.seed)
         require_sound(read_records(folder.data("train")), records, data_root(data))
         processor = load_processor(folder.config, start_of(folder))
-        require_places(records, data_root(data), processor, positions_of(folder.config))
+        dataset = AnswerDataset(records, data_root(data), processor, max_length=1)
+        require_places(dataset, positions_of(folder.config))
         _write_split(folder, "test", data.test, data.test_limit, records)
     earlier = {
         "base": start_of(folder),

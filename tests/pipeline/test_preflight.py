@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from clinkd.config import check
+from clinkd.data.collate import AnswerDataset
 from clinkd.data.records import Record, Turn
 from clinkd.errors import ConfigError, DataError, SetupError
 from clinkd.models.demo import build_model, build_processor
@@ -94,14 +95,17 @@ def test_an_image_too_long_for_its_width(tmp_path, processor, preset):
     """With a spacing of 2, one row of 20 patches would begin before the text in front of it."""
     Image.new("RGB", (800, 40)).save(tmp_path / "thin.png")
     Image.new("RGB", (80, 60)).save(tmp_path / "usual.png")
-    records = [record("usual"), record("thin")]
+    usual, both = (
+        AnswerDataset([record(name) for name in names], tmp_path, processor, 1)
+        for names in (["usual"], ["usual", "thin"])
+    )
     positions = PositionConfig(preset)
-    preflight.require_places(records[:1], tmp_path, processor, positions)
+    preflight.require_places(usual, positions)
     if preset == "mrope":
-        preflight.require_places(records, tmp_path, processor, positions)
+        preflight.require_places(both, positions)
         return
     with pytest.raises(DataError, match=r"record 'thin': image 'thin.png' is too long.*at most"):
-        preflight.require_places(records, tmp_path, processor, positions)
+        preflight.require_places(both, positions)
 
 
 def test_the_runs_positions_whatever_the_checkpoint_was_trained_with(tmp_path, processor):
