@@ -81,6 +81,7 @@ def test_bad_overrides(tmp_path, override, message):
         ("a: [", "not valid YAML"),
         ("- 1", "must hold keys and values"),
         ("!!python/name:os.system ''", "not valid YAML"),
+        ("output: {{ folder }}", "not valid YAML"),
         ("seed: 1\nteacher: {}\nseed: 2\n", "key 'seed' stands here twice"),
         ("teacher:\n  epochs: 1\n  epochs: 2\n", "key 'epochs' stands here twice"),
     ],
@@ -113,8 +114,11 @@ def test_texts_in_overrides_stand_as_they_are_written(tmp_path):
     """YAML would end at the #, and take 2025 for a number."""
     path = tmp_path / "run.yaml"
     path.write_text("{}")
-    for text in ("run #2", "2025", "a: b", "null", "[x]", "~user/of/none"):
+    for text in ("run #2", "2025", "a: b", "[x]", "~user/of/none", "a: ["):
         assert load(path, [f"output={text}"]).output == text
+    assert load(path, ["output='run #2'"]).output == "run #2"
+    with pytest.raises(ConfigError, match=r"log.wandb: .*valid string, got False"):
+        load(path, ["log.wandb=false"])
     assert load(path, ["data.root=images #1"]).data.root == "images #1"
     assert load(path, ["data.root=null"]).data.root is None
     assert load(path, ["seed=0x10"]).seed == 16

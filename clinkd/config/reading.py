@@ -18,11 +18,13 @@ class _OneOfEach(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key.value!r} stands here twice", key.start_mark
                 )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -61,14 +63,28 @@ def _override(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
-    kind = _kind_of(parents, last)
-    if kind == str or (kind == str | None and value not in ("", "~", "null")):  # noqa: E721
-        node[last] = value  # as it stands: YAML would end "run #2" at the #
+    if _kind_of(parents, last) in (str, str | None):
+        node[last] = _text(value)
         return
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from None
+
+
+def _text(value: str) -> Any:
+    """A text as YAML has it, or as it stands where YAML would see something else in it.
+
+    It ends "run #2" at the #, and takes 2025 for a number and "a: b" for a mapping. What it calls
+    nothing, true or false is no text to us either.
+    """
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    quoted = value.lstrip()[:1] in ("'", '"')
+    is_whole = isinstance(found, str) and (quoted or " #" not in value)
+    return found if is_whole or found is None or isinstance(found, bool) else value
 
 
 def _kind_of(parents: Sequence[str], last: str) -> Any:

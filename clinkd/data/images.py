@@ -4,6 +4,7 @@
 files are named behind a `#`: `scan.dcm#3`, `volume.nii.gz#axis=2,index=30` (`clinkd.data.medical`).
 """
 
+import contextlib
 import os
 import stat
 from functools import lru_cache
@@ -155,8 +156,10 @@ def is_medical(path: str) -> bool:
         return True
     if lower.endswith(PLAIN_SUFFIXES):
         return False
-    with open(path, "rb") as file:  # exports often have a number for a name, or a maker's suffix
+    # exports often have a number for a name, or a maker's suffix
+    with contextlib.suppress(OSError), open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
+    return False
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

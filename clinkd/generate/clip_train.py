@@ -38,9 +38,10 @@ MODEL = {
 }
 
 
-def clip_records(records: Sequence[Record]) -> list[Record]:
-    """Those that `train_clip` learns from: with one image and a text beside boxes."""
-    return [r for r in records if len(r.images) == 1 and strip_boxes(r.answer)]
+def clip_texts(records: Sequence[Record]) -> dict[str, str]:
+    """What `train_clip` learns from, by id: answers without boxes to questions about one image."""
+    found = {r.id: strip_boxes(r.answer) for r in records if len(r.images) == 1}
+    return {name: text for name, text in found.items() if text}
 
 
 def train_clip(
@@ -69,9 +70,9 @@ def train_clip(
     """
     import open_clip  # a second that every stage would pay
 
-    texts = {r.id: strip_boxes(r.answer) for r in records}
-    usable = clip_records(records)
-    if len({texts[r.id] for r in usable}) < 2:
+    texts = clip_texts(records)
+    usable = [r for r in records if r.id in texts]
+    if len(set(texts.values())) < 2:
         raise DataError("train_clip needs at least 2 records with one image and an answer each")
     names = sorted({r.images[0] for r in usable})
     with torch.random.fork_rng(devices=[]):

@@ -14,7 +14,7 @@ from clinkd.ops._checks import check_rows
 from clinkd.ops._kd_at_once import rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import KD_ROWS, gradient_in_place, operator_options
 from clinkd.ops._memory import linear
-from clinkd.ops._operator import Operator
+from clinkd.ops._operator import Operator, first_order
 from clinkd.ops._row_chunks import Score, row_chunks
 from clinkd.ops._vocab_parallel import local_options, whole_rows
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
@@ -95,6 +95,16 @@ def _chunk(
     return sums, logits.to(dtype)
 
 
+def under_autocast(
+    hidden: Tensor, head: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast would make of the inputs of a linear layer."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, head, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def _rows(
     hidden: Tensor,
     head: Tensor,
@@ -154,6 +164,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*output[2:])
 
 
+@first_order
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     grads = [
         grad * grad_loss if needed and grad_loss is not None else None

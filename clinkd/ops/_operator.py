@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("clinkd", "FRAGMENT")  # type: ignore[no-untyped-call]
 _PLAIN = (Tensor, torch.nn.Parameter)
+_KINDS = torch._C._TorchDispatchModeKey
+_GRAPH_MODES = (_KINDS.FAKE, _KINDS.PROXY, _KINDS.FUNCTIONAL)
 
 
 class Operator:
@@ -99,7 +101,7 @@ def _function(
 
 def is_watched(*tensors: Tensor | None) -> bool:
     """Whether something sees the operators that are called, or numbers are not where they seem."""
-    return is_traced(*tensors) or _is_profiling()
+    return is_traced(*tensors) or _dispatch_modes() > 0 or _is_profiling()
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
@@ -109,7 +111,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
     """
     if (
         _is_compiling()
-        or _dispatch_modes()
+        or (_dispatch_modes() > 0 and _makes_graph())
         or _are_transforms_active()
         or _tracing_state()
         or _is_forward_mode()
@@ -119,6 +121,11 @@ def is_traced(*tensors: Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta or tensor.is_neg()):
             return True
     return False
+
+
+def _makes_graph() -> bool:
+    """Whether a mode is on that records operators, or has tensors without numbers."""
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _GRAPH_MODES)
 
 
 def _is_forward_mode() -> bool:

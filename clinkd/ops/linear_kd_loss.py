@@ -19,7 +19,7 @@ from clinkd.ops._checks import (
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
 from clinkd.ops._kd_loss_native import operator_options
 from clinkd.ops._kd_mean import KDLoss, has_gradient, item_count
-from clinkd.ops._linear_kd_chunks import LINEAR_KD, score_of
+from clinkd.ops._linear_kd_chunks import LINEAR_KD, score_of, under_autocast
 from clinkd.ops._linear_kd_triton import LinearKDTriton
 from clinkd.ops._operator import is_traced
 from clinkd.ops._row_chunks import RowChunks, chunk_rows, shares
@@ -125,6 +125,8 @@ def linear_kd_loss(
         has_operator = process_group is None and impl != "reference"
         if has_operator and is_traced(*student, *teacher, labels, weight):
             factor, count = shares(weight, labels, count, dtype)
+            # the operator's own products are out of autocast's sight
+            student, teacher = (under_autocast(*each) for each in (student, teacher))
             learns = [has_gradient(tensor) for tensor in student]
             *numbers, _ = operator_options(*kind)
             sizes = (chunk, vocab_size or len(student_weight), learns, impl)

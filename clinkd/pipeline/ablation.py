@@ -101,6 +101,7 @@ def ablate(
         marks = fingerprints(mine, inputs)
         earlier = [runs[seed, name] for name in CELLS if name != cell]
         with RunFolder.open(mine, update=True) as folder:
+            folder.write_config()
             _share(folder, marks, [Path(other.output) for other in earlier])
         done = run(mine, console, last="evaluate", update=True)
         metrics = json.loads((done.path / "metrics.json").read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ STAGES = (
 OWNED = {
     "prepare": ("data/train.jsonl", "data/teacher.jsonl", "student/base", "scorer"),
     "teacher": ("teacher",),
-    "pseudo-label": ("pseudo",),
+    "pseudo-label": ("pseudo", "teacher-cache"),
     "distill": ("student/distilled",),
     "correct": ("correction", "student/round-*"),
     "generate": ("predictions.jsonl", "predictions", "data/test.jsonl"),
@@ -52,7 +52,8 @@ class RunFolder:
         """Create the folder or go on in it, alone.
 
         Args:
-            update: accept a folder whose config differs; the stages it concerns are done again.
+            update: accept a folder whose config differs; it is the folder's own after
+                `write_config`, and the stages it concerns are done again.
 
         Raises:
             ConfigError: the folder belongs to another configuration.
@@ -63,7 +64,8 @@ class RunFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
             folder._take_lock()
             folder._check_config(update)
-            write_text(folder.path / "config.yaml", dump(config))
+            if not (folder.path / "config.yaml").exists():
+                folder.write_config()
         except ConfigError:
             folder.close()
             raise
@@ -81,6 +83,10 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def write_config(self) -> None:
+        """Make the configuration the folder's own."""
+        write_text(self.path / "config.yaml", dump(self.config))
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -173,10 +179,10 @@ class RunFolder:
                 else:
                     path.unlink()
 
-    def forget_after(self, stage: str) -> None:
-        """Take later stages for not done: what they were made from is going to be made anew."""
+    def forget_from(self, stage: str) -> None:
+        """Take a stage and those after it for not done: it is going to be done anew."""
         book = self.book()
-        for later in STAGES[STAGES.index(stage) + 1 :]:
+        for later in STAGES[STAGES.index(stage) :]:
             book["stages"].pop(later, None)
         self.write_book(book)
 
@@ -193,9 +199,8 @@ class RunFolder:
             )
         if entry.get("fingerprint") != fingerprint:
             raise ClinkdError(
-                f"stage {stage!r} in {self.path} was done with other settings, from other data or "
-                f"by another version of clinkd; do it again: clinkd run CONFIG --from {stage} "
-                "--update"
+                f"stage {stage!r} in {self.path} was done with other settings or from other data; "
+                f"do it again: clinkd run CONFIG --from {stage} --update"
             )
 
 
@@ -228,11 +233,12 @@ def fingerprints(config: RunConfig, inputs: dict[str, str]) -> dict[str, str]:
         "distill": whole["distill"],
         "correct": whole["correct"],
         "generate": [inputs["test"], tested, whole["generate"]],
-        "evaluate": whole["evaluate"],
+        # cheap: done again by every version
+        "evaluate": [whole["evaluate"], __version__],
         "report": [],
     }
     out: dict[str, str] = {}
-    before = __version__
+    before = ""
     for stage in STAGES:
         text = json.dumps([before, parts[stage]], sort_keys=True)
         before = out[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,7 +18,7 @@ from clinkd.rotary import PositionConfig
 from clinkd.train.correction.similarity import require_similarity
 from clinkd.train.correctors import make_corrector
 
-ADAPTERS = {"lora": "peft", "qlora": "bitsandbytes"}
+ADAPTERS = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
 
 
 def require_parts(config: RunConfig, test_records: Sequence[Record]) -> None:
@@ -28,8 +28,8 @@ def require_parts(config: RunConfig, test_records: Sequence[Record]) -> None:
         ConfigError, SetupError: one is not; how to get it.
     """
     kind = config.model.adapter.kind
-    for adapter, package in ADAPTERS.items():
-        if kind == adapter and find_spec(package) is None:
+    for package in ADAPTERS.get(kind, ()):
+        if find_spec(package) is None:
             raise SetupError(
                 f"model.adapter.kind={kind} needs {package}: pip install 'clinkd[{kind}]'"
             )

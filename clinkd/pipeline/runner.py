@@ -21,6 +21,7 @@ from clinkd.pipeline.folder import STAGES, RunFolder, fingerprints, free_bytes
 from clinkd.pipeline.paths import records_file
 from clinkd.progress import Console
 
+CHEAP = ("evaluate", "report")  # done again unasked
 LEAST_FREE_BYTES = 200 << 20  # under this a run does not start: a stage would break in its middle
 
 
@@ -36,7 +37,7 @@ def run(
 
     Raises:
         ConfigError: an unknown stage, `first` after `last`, or, without `update`, a stage that was
-            done from other data or by another version.
+            done with other settings or from other data.
         Preempted: SIGTERM or SIGUSR1 came; what is done stays done.
         ClinkdError: what a stage says; what is done stays done.
     """
@@ -65,6 +66,7 @@ def _run_stages(
         marks = fingerprints(config, inputs)
         for stage in STAGES[: STAGES.index(wanted[0])]:
             folder.require(stage, marks[stage])
+        folder.write_config()
         _describe(folder)
         for stage in wanted:
             _run_stage(folder, stage, marks[stage], console, update)
@@ -82,14 +84,14 @@ def _run_stage(
         console.stage_skipped(stage, entry.get("summary", ""))
         return
     if entry.get("fingerprint") != fingerprint:
-        if entry.get("status") == "done" and not update:
+        if entry.get("status") == "done" and not update and stage not in CHEAP:
             raise ConfigError(
-                f"stage {stage!r} in {folder.path} was done from other data, or by another version "
-                "of clinkd; choose another folder with output=FOLDER, or give --update to do it, "
-                "and what follows, again"
+                f"stage {stage!r} in {folder.path} was done with other settings or from other "
+                "data; choose another folder with output=FOLDER, or give --update to do it, and "
+                "what follows, again"
             )
+        folder.forget_from(stage)
         folder.clear(stage)
-        folder.forget_after(stage)
         entry = {}
     folder.note(
         stage,

@@ -68,7 +68,7 @@ def prepare(folder: RunFolder, progress: Update) -> str:
 def _train_scorer(folder: RunFolder, records: Sequence[Record], progress: Update) -> None:
     """The small CLIP, unless the records are none that it could learn from and none needs it."""
     settings = folder.config.generate
-    if not settings.asks_scorer and len(generate.clip_records(records)) < 2:
+    if not settings.asks_scorer and len(set(generate.clip_texts(records).values())) < 2:
         return
     log = MetricsLog(folder.path / "metrics.jsonl")
     log.forget("clip")

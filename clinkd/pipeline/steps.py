@@ -108,10 +108,14 @@ def load_model(
 
 
 def _placed(config: RunConfig, model: PreTrainedModel) -> PreTrainedModel:
-    """The model with the run's positions, whatever its checkpoint was trained with."""
-    wanted = positions_of(config)
-    placed = models.positions_of(model.config) == wanted
-    return model if placed else models.apply(model, wanted)
+    """The model with the run's positions, whatever its checkpoint was trained with.
+
+    The `base` of the ladders, which no run names, stays the checkpoint's.
+    """
+    found, wanted = models.positions_of(model.config), positions_of(config)
+    if found is not None and found.preset == wanted.preset:
+        wanted = replace(wanted, base=found.base)
+    return model if found == wanted else models.apply(model, wanted)
 
 
 def _load_cut(

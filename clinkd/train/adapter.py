@@ -91,6 +91,7 @@ def merged(model: Any, start: str | Path) -> PreTrainedModel:
         from clinkd import models
 
         whole: Any = models.load(start, dtype=torch.bfloat16)
+        models.apply(whole, models.positions_of(model.get_base_model().config))
         fresh = get_peft_model(whole, model.peft_config["default"])
         set_peft_model_state_dict(fresh, get_peft_model_state_dict(model))
         return fresh.merge_and_unload()

@@ -55,6 +55,7 @@ def train(
     Raises:
         DataError: a record that does not fit, before any step.
         Preempted: SIGTERM or SIGUSR1 came; a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C; so it was.
         ClinkdError: the loss is not finite.
         SetupError: no space left for a checkpoint; the last one is whole.
     """
@@ -119,6 +120,8 @@ def train(
     trainer.require_finite()
     if callback.preempted:
         step = trainer.state.global_step
+        if callback.interrupted:
+            raise KeyboardInterrupt
         raise Preempted(f"stage {job.stage}: stopped by a signal at step {step}, all saved")
     state = whole_state(trainer, model) if job.strategy == "zero3" else None
     if is_first():

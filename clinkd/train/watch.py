@@ -1,6 +1,7 @@
 """What goes on beside the training steps: log rows, progress, signals."""
 
 import math
+import multiprocessing
 import signal
 import threading
 import time
@@ -32,6 +33,7 @@ class Watch(TrainerCallback):
         self.faulty: list[str] = []  # records of the micro-batch whose loss is not finite
         self.weights = 0  # parameters that every token passes through
         self.signalled = False
+        self.interrupted = False  # by Ctrl-C
         self._mark = (0, 0.0)  # tokens seen and time at the last row
         self._board: Any = None
 
@@ -129,7 +131,8 @@ class Watch(TrainerCallback):
 class Signals:
     """While open, SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and a stop at the next step.
 
-    A second Ctrl-C stops at once.
+    A second Ctrl-C stops at once; so does the first in one of several processes, which the system
+    also sends where their parent dies, and where the shell has it ignored nothing changes.
     """
 
     def __init__(self, watch: Watch) -> None:
@@ -138,7 +141,11 @@ class Signals:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            numbers = [signal.SIGTERM, signal.SIGUSR1]
+            alone = multiprocessing.parent_process() is None
+            if alone and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+                numbers.append(signal.SIGINT)
+            for number in numbers:
                 self.previous[number] = signal.signal(number, self._stop)
 
     def __exit__(self, *_: object) -> None:
@@ -149,3 +156,4 @@ class Signals:
         if number == signal.SIGINT and self.watch.signalled:
             raise KeyboardInterrupt
         self.watch.signalled = True
+        self.watch.interrupted = number == signal.SIGINT

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from clinkd.ops import _linear_kd_chunks, linear_kd_loss
 
@@ -56,6 +57,34 @@ def test_one_whole_graph(dtype):
     with torch.no_grad():
         expected = step(*leaves, *teacher, labels).loss
         assert torch.equal(compiled(*leaves, *teacher, labels).loss, expected)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_autocast(narrow):
+    """Hidden states of a model under autocast, and a head in float32."""
+    leaves, teacher, labels = make()
+    if narrow:
+        leaves[0] = leaves[0].detach().bfloat16().requires_grad_()
+        teacher = (teacher[0].bfloat16(), teacher[1])
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        expected = step(*leaves, *teacher, labels)
+        found = compiled(*leaves, *teacher, labels)
+    for loss in (expected, found):
+        loss.loss.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for leaf in leaves:
+        assert leaf.grad.dtype == leaf.dtype
+
+
+def test_modes_that_watch_see_the_products():
+    leaves, teacher, labels = make()
+    with FlopCounterMode(display=False) as counter:
+        loss = step(*leaves, *teacher, labels).loss
+        (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+    assert counter.get_total_flops() > 0
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
 
 
 def test_any_number_of_rows():

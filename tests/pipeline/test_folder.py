@@ -33,6 +33,9 @@ def test_refuses_a_folder_of_another_config(tmp_path):
     with pytest.raises(ConfigError, match=r"different: distill\.epochs, seed\. Choose another"):
         RunFolder.open(config(tmp_path, seed=1, distill={"epochs": 9}))
     RunFolder.open(config(tmp_path, seed=1), update=True).close()
+    RunFolder.open(config(tmp_path)).close()  # nothing was done with that one
+    with RunFolder.open(config(tmp_path, seed=1), update=True) as folder:
+        folder.write_config()
     RunFolder.open(config(tmp_path, seed=1)).close()  # it is the folder's own now
 
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 from PIL import Image
 
+from clinkd import models
 from clinkd.config import check
 from clinkd.data.collate import AnswerDataset
 from clinkd.data.records import Record, Turn
@@ -45,7 +46,7 @@ def without(monkeypatch):
     ("tree", "error", "message"),
     [
         ({"model": {"adapter": {"kind": "lora"}}}, SetupError, r"lora needs peft.*clinkd\[lora\]"),
-        ({"model": {"adapter": {"kind": "qlora"}}}, SetupError, "qlora needs bitsandbytes"),
+        ({"model": {"adapter": {"kind": "qlora"}}}, SetupError, "qlora needs peft"),
         ({"log": {"wandb": "mine"}}, SetupError, "log.wandb needs its package"),
         ({"generate": {"scorer": "nonexist"}}, ConfigError, "scorer 'nonexist': write local-dir"),
         (
@@ -108,9 +109,15 @@ def test_an_image_too_long_for_its_width(tmp_path, processor, preset):
         preflight.require_places(both, positions)
 
 
-def test_the_runs_positions_whatever_the_checkpoint_was_trained_with(tmp_path, processor):
-    from clinkd import models
+def test_a_checkpoints_own_ladders_stay(tmp_path, processor):
+    size = check({"model": {"demo": {"layers": 1, "width": 32, "vision_layers": 1}}}).model.demo
+    model = models.apply(build_model(processor, size, 0), PositionConfig("paper", base=1e6))
+    save_model(tmp_path, model, processor)
+    loaded, _ = load_model(check({"model": {"positions": {"preset": "paper"}}}), str(tmp_path))
+    assert models.positions_of(loaded.config).base == 1e6
 
+
+def test_the_runs_positions_whatever_the_checkpoint_was_trained_with(tmp_path, processor):
     size = check({"model": {"demo": {"layers": 1, "width": 32, "vision_layers": 1}}}).model.demo
     model = models.apply(build_model(processor, size, 0), PositionConfig("paper"))
     save_model(tmp_path, model, processor)

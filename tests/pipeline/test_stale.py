@@ -8,8 +8,8 @@ import pytest
 
 from clinkd.config import check
 from clinkd.errors import ClinkdError, ConfigError
-from clinkd.pipeline import runner, stages
-from clinkd.pipeline.folder import OWNED, STAGES
+from clinkd.pipeline import folder, runner, stages
+from clinkd.pipeline.folder import OWNED, STAGES, RunFolder
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.progress import Console
 
@@ -86,6 +86,28 @@ def test_a_single_stage_does_not_build_on_what_is_out_of_date(run, tmp_path):
     shorten(tmp_path / "train.jsonl")
     with pytest.raises(ClinkdError, match=r"'prepare' .* from other data"):
         run("report", "report", update=True)
+
+
+def test_another_version_counts_again_what_costs_nothing(run, tmp_path, monkeypatch):
+    run()
+    monkeypatch.setattr(folder, "__version__", "9.9.9")
+    assert run() == ["evaluate", "report"]
+
+
+def test_a_stage_that_is_refused_leaves_the_folder_as_it_was(run):
+    run()
+    with pytest.raises(ClinkdError, match=r"'distill' .* other settings"):
+        run("generate", update=True, distill={"learning_rate": 0.01})
+    assert run() == []
+
+
+def test_a_kill_while_old_results_are_removed(run, tmp_path, monkeypatch):
+    run()
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "clear", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            run(update=True, distill={"learning_rate": 0.01})
+    assert run(update=True) == ["distill", "correct", *ANSWERS]
 
 
 def test_what_follows_a_stage_that_is_done_again_is_not_done(run, tmp_path):

@@ -150,3 +150,9 @@ def test_ctrl_c_saves_first_and_stops_at_the_second(tmp_path, records):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the background of a shell's script
+    try:
+        with watch.Signals(callback):
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
