@@ -143,15 +143,16 @@ def test_no_model_or_checkpoint_with_nan_is_saved(tmp_path, records, processor, 
 
 def test_ctrl_c_saves_first_and_stops_at_the_second(tmp_path, records):
     callback = watch.Watch(make_job(tmp_path, records))
-    before = signal.getsignal(signal.SIGINT)
-    with watch.Signals(callback):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert callback.signalled
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) == before
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the background of a shell's script
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        with watch.Signals(callback):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert callback.signalled
+            assert callback.interrupted
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the background of a shell's script
         with watch.Signals(callback):
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
