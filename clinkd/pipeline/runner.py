@@ -22,6 +22,7 @@ from clinkd.pipeline.paths import records_file
 from clinkd.progress import Console
 
 CHEAP = ("evaluate", "report")  # done again unasked
+INTERRUPTED = "stopped by Ctrl-C; what is done stays done: start again to go on"
 LEAST_FREE_BYTES = 200 << 20  # under this a run does not start: a stage would break in its middle
 
 
@@ -106,12 +107,10 @@ def _run_stage(
         try:
             summary = stages.RUN[stage](folder, progress)
             status = "done"
-        except KeyboardInterrupt:
-            summary = "stopped by Ctrl-C; what is done stays done: start again to go on"
-            console.stage_failed(stage, summary, time.monotonic() - start)
-            raise
         except BaseException as error:
-            summary = f"stopped: {str(error) or type(error).__name__}"
+            interrupted = isinstance(error, KeyboardInterrupt)
+            why = str(error) or type(error).__name__
+            summary = INTERRUPTED if interrupted else f"stopped: {why}"
             console.stage_failed(stage, summary, time.monotonic() - start)
             raise
         finally:

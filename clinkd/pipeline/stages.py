@@ -9,7 +9,7 @@ from clinkd import generate, models, report
 from clinkd.config import DEMO, CorrectConfig, RunConfig
 from clinkd.data.checks import require_sound
 from clinkd.data.collate import AnswerDataset
-from clinkd.data.files import copy_file, read_jsonl, write_jsonl
+from clinkd.data.files import copy_file, read_jsonl, sha256_file, write_jsonl
 from clinkd.data.lengths import require_fit
 from clinkd.data.records import Record, read_records, write_records
 from clinkd.data.select import limit_records, teacher_subset
@@ -59,10 +59,16 @@ def prepare(folder: RunFolder, progress: Update) -> str:
     _require_fit(folder, teacher_records, train_records, test_records)
     if config.generate.scorer == DEMO:
         _train_scorer(folder, train_records, progress)
+    folder.note("prepare", test=_test_split(config))  # looked at: `generate` need not
     return (
         f"{len(train_records)} training and {len(test_records)} test records, "
         f"{len(teacher_records)} for the teacher"
     )
+
+
+def _test_split(config: RunConfig) -> list[Any]:
+    """What tells a test split from another."""
+    return [sha256_file(records_file(config.data.test, "test")), config.data.test_limit]
 
 
 def _train_scorer(folder: RunFolder, records: Sequence[Record], progress: Update) -> None:
@@ -224,13 +230,14 @@ def _count_corrections(folder: RunFolder, round_: int) -> int:
 def generate_answers(folder: RunFolder, progress: Update) -> str:
     """Answer the test split with every model; CLIP chooses among the last one's beams."""
     config, data = folder.config.generate, folder.config.data
-    if not folder.data("test").exists():  # `prepare` looked at it, or at an earlier one
+    if not folder.data("test").exists():
         records = read_records(records_file(data.test, "test"))
         records = limit_records(records, data.test_limit, folder.config.seed)
-        require_sound(read_records(folder.data("train")), records, data_root(data))
-        processor = load_processor(folder.config, start_of(folder))
-        dataset = AnswerDataset(records, data_root(data), processor, max_length=1)
-        require_places(dataset, positions_of(folder.config))
+        if folder.book()["stages"].get("prepare", {}).get("test") != _test_split(folder.config):
+            require_sound(read_records(folder.data("train")), records, data_root(data))
+            processor = load_processor(folder.config, start_of(folder))
+            dataset = AnswerDataset(records, data_root(data), processor, max_length=1)
+            require_places(dataset, positions_of(folder.config))
         _write_split(folder, "test", data.test, data.test_limit, records)
     earlier = {
         "base": start_of(folder),

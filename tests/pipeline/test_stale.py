@@ -120,3 +120,28 @@ def test_what_follows_a_stage_that_is_done_again_is_not_done(run, tmp_path):
     book = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert list(book["stages"]) == ["prepare", "teacher", "pseudo-label", "distill"]
     assert run(update=True) == ["distill", "correct", *ANSWERS]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_test_split_is_looked_at_once(tmp_path, monkeypatch, seen):
+    """By `prepare`; by `generate` only where it is another one by then."""
+    config = check({"output": str(tmp_path / "run"), "data": {"test_limit": 5}})
+    looked = []
+    monkeypatch.setattr(stages, "require_sound", lambda *_: looked.append("sound"))
+    monkeypatch.setattr(stages, "require_places", lambda *_: looked.append("places"))
+    monkeypatch.setattr(stages, "load_processor", lambda *_: None)
+
+    def answer(folder, task, progress):
+        with open(task.output, "w", encoding="utf-8") as file:
+            file.write('{"error": null}\n{"error": "no"}\n')
+
+    monkeypatch.setattr(stages, "run_task", answer)
+    with RunFolder.open(config) as opened:
+        (opened.path / "predictions").mkdir()
+        shutil.copytree(SAMPLE_FOLDER, opened.path / "data", ignore=shutil.ignore_patterns("te*"))
+        mark = stages._test_split(config) if seen else ["another", 5]
+        opened.note("prepare", test=mark)
+        summary = stages.generate_answers(opened, lambda *_: None)
+        assert summary.startswith("2 answers (1 failed), beams")
+        assert len(opened.data("test").read_text(encoding="utf-8").splitlines()) == 5
+    assert looked == ([] if seen else ["sound", "places"])
