@@ -73,7 +73,7 @@ def our_hidden(counter: Counter) -> None:
 
     rows = chunk_rows("auto", head, teacher_head)
     with counter:
-        loss, _ = RowChunks.apply(hidden, head, None, score, 0.5, rows, None, None, True)
+        loss, _ = RowChunks.apply(hidden, head, None, score, 0.5, rows, len(head), "", True)
         torch.autograd.grad(loss, (hidden, head))
 
 

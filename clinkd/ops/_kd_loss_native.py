@@ -139,17 +139,17 @@ def _backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor, _: Tensor) -> tuple[An
     return (grad, *[None] * 8)
 
 
-_OPTIONS = "float temperature, int divergence, float mix, int ignore_index, float softcap, str impl"
+OPTIONS = "float temperature, int divergence, float mix, int ignore_index, float softcap, str impl"
 KD_ROWS_BACKWARD = Operator(
     "kd_rows_backward",
     "(Tensor ce_factor, Tensor kd_factor, Tensor student, Tensor teacher, Tensor labels, "
-    f"Tensor statistics, {_OPTIONS}) -> Tensor",
+    f"Tensor statistics, {OPTIONS}) -> Tensor",
     rows_backward,
     _fake_backward,
 )
 KD_ROWS = Operator(
     "kd_rows",
-    f"(Tensor student, Tensor teacher, Tensor labels, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor student, Tensor teacher, Tensor labels, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     rows,
     empty_rows,
     _save,
@@ -157,7 +157,7 @@ KD_ROWS = Operator(
 )
 KD_DIVERGENCE = Operator(
     "kd_divergence",
-    f"(Tensor student, Tensor teacher, Tensor labels, Tensor statistics, {_OPTIONS}) -> Tensor",
+    f"(Tensor student, Tensor teacher, Tensor labels, Tensor statistics, {OPTIONS}) -> Tensor",
     _divergence,
     _fake_divergence,
 )

@@ -51,6 +51,12 @@ def mean_rows(
     return KDLoss(torch.add(ce, kd, alpha=kd_weight) / (1 + kd_weight), ce.detach(), kd.detach())
 
 
+def divided(loss: Tensor, parts: Tensor, count: Tensor | int) -> KDLoss:
+    """The sum of the loss and of CE and KD [2] over tokens, divided by `count`."""
+    parts = parts.detach() / count
+    return KDLoss(loss / count, parts[0], parts[1])
+
+
 class MeanOfRows(torch.autograd.Function):
     """Loss, CE and KD of logits by the two-pass kernels.
 

@@ -8,125 +8,148 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._checks import checking, raise_first
-from clinkd.ops._operator import first_order
+from clinkd.ops._linear_loss import Model, counted_rows, empty_gradients, of_rows
+from clinkd.ops._operator import Operator, first_order
 
 BANDS = 16  # of the vocabulary, each walked over by one program for each tile of rows
 BAND_BYTES = 24 << 20  # of the logits' gradient, one band at a time
 PIECE = 2048  # rows whose share of the hidden states' gradient is made at a time
+STATISTICS = 7  # of a row, for its gradient
 JSD = 2  # this and later divergences need both distributions before their sum
 
 
-class LinearKDTriton(torch.autograd.Function):
-    """Sums over rows; all rows count.
+def _tiles(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    factor: Tensor,
+    kd_weight: float,
+    ignore_index: int,
+    temperature: float,
+    divergence: int,
+    mix: float,
+    softcap: float,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, sums of CE and KD [2], and what the gradient needs of the rows [7, N]; float32.
 
-    Takes student hidden [N, Cs], weight [Vs, Cs], bias [Vs] or None; the teacher's three; labels
-    [N]; each row's weight [N] or None; its number for errors [N]; kd_weight, temperature,
-    divergence (its place in `DIVERGENCES` of the reference), its beta or skew, softcap; rows of the
-    student's head that count, or None for all.
-
-    Gives the loss, and CE and KD [2] which have no gradient, float32.
+    Args:
+        hidden: [N, Cs]; head: [Vs, Cs]; bias: [Vs]; the teacher's likewise.
+        labels: [N], of which `ignore_index` counts for nothing.
+        factor: [N] of each row.
+        divergence: its place in `DIVERGENCES` of the reference.
+        mix: its beta or skew.
+        vocab_size: rows of the student's head that count.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        student_bias: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor | None,
-        labels: Tensor,
-        weight: Tensor | None,
-        numbers: Tensor,
-        kd_weight: float,
-        temperature: float,
-        divergence: int,
-        mix: float,
-        softcap: float | None,
-        vocab_size: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        rows = student_hidden.shape[0]
-        head = student_weight[:vocab_size]
-        parts = student_hidden.new_zeros(2, dtype=torch.float32)
-        merged = student_hidden.new_empty(7, rows, dtype=torch.float32)
-        if rows > 0:
-            kernels = importlib.import_module("clinkd.kernels.linear_kd_loss")
-            student = (_rows(student_hidden), _rows(head), student_bias)
-            teacher = (_rows(teacher_hidden), _rows(teacher_weight), teacher_bias)
-            found, picked = kernels.statistics(
-                student, teacher, labels, temperature, divergence, softcap, BANDS
-            )
-            merged, ce, kd = _merge(found, picked, temperature, divergence == 1)
-            if divergence >= JSD:
-                sums = kernels.mixture(
-                    student, teacher, merged, temperature, divergence, mix, softcap, BANDS
-                ).sum(dim=1)
-                kd, merged[6] = _mixture(sums, divergence, mix)
-                kd = temperature**2 * kd
-            right = _in_vocabulary(labels, head)
-            ce = torch.where(right, ce, torch.nan)
-            if checking():
-                rule = f"labels must be in 0 … {len(head) - 1}, the student's vocabulary"
-                raise_first(rule, ~right, numbers)
-                rule = "logits of both models must have no NaN and a finite maximum"
-                raise_first(rule, ~(ce.isfinite() & ~kd.isnan()), numbers)
-            if weight is not None:
-                ce, kd = ce * weight, kd * weight
-            parts = torch.stack([ce.sum(), kd.sum()])
-        ctx.save_for_backward(
-            student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight,
-            teacher_bias, labels, weight, merged,
+    counted = counted_rows(labels, ignore_index)
+    parts = hidden.new_zeros(2, dtype=torch.float32)
+    statistics = hidden.new_zeros(STATISTICS, len(labels), dtype=torch.float32)
+    if len(counted) > 0:
+        kernels = importlib.import_module("clinkd.kernels.linear_kd_loss")
+        own, factor, student, teacher = _of_rows(
+            counted, labels, factor, (hidden, head[:vocab_size], bias),
+            (teacher_hidden, teacher_head, teacher_bias),
         )  # fmt: skip
-        ctx.settings = (kd_weight, temperature, divergence, mix, softcap, vocab_size)
-        ctx.mark_non_differentiable(parts)
-        return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        student, whole, bias, teacher, teacher_head, teacher_bias, labels, weight, merged = (
-            ctx.saved_tensors
+        cap = softcap or None
+        found, picked = kernels.statistics(
+            student, teacher, own, temperature, divergence, cap, BANDS
         )
-        kd_weight, temperature, divergence, mix, softcap, vocab_size = ctx.settings
-        head = whole[:vocab_size]
-        needs = ctx.needs_input_grad[:3]
-        rows, V = student.shape[0], head.shape[0]
-        sums = student.new_zeros(student.shape, dtype=torch.float32) if needs[0] else None
-        grads = [
-            torch.zeros_like(whole) if needs[1] else None,
-            torch.zeros_like(bias) if needs[2] and bias is not None else None,
-        ]
-        if rows > 0:
-            kernels = importlib.import_module("clinkd.kernels.linear_kd_gradient")
-            factor = (grad_loss / (1 + kd_weight)).expand(rows)
-            factor = factor.contiguous() if weight is None else factor * weight
-            factor = torch.where(_in_vocabulary(labels, head), factor.float(), torch.nan)
-            columns = max(128, BAND_BYTES // (student.element_size() * rows) // 128 * 128)
-            buffer = student.new_empty(rows, min(columns, -(-V // 128) * 128))
-            for begin in range(0, V, buffer.shape[1]):
-                kernels.gradient_band(
-                    (_rows(student), _rows(head), bias),
-                    (_rows(teacher), _rows(teacher_head), teacher_bias),
-                    labels, merged, factor, buffer, begin,
-                    temperature, kd_weight, divergence, mix, softcap,
-                )  # fmt: skip
-                band = slice(begin, min(begin + buffer.shape[1], V))
-                grad = buffer[:, : band.stop - begin]
-                if sums is not None:
-                    for piece in range(0, rows, PIECE):
-                        sums[piece : piece + PIECE] += grad[piece : piece + PIECE] @ head[band]
-                if grads[0] is not None:
-                    torch.mm(grad.T, student, out=grads[0][band])
-                if grads[1] is not None:
-                    grads[1][band] = grad.sum(dim=0, dtype=torch.float32).to(bias.dtype)
-            del buffer, grad  # before the last copy is made
-        first = None if sums is None else sums.to(student.dtype)
-        return (first, *grads, *[None] * 12)
+        merged, ce, kd = _merge(found, picked, temperature, divergence == 1)
+        if divergence >= JSD:
+            sums = kernels.mixture(
+                student, teacher, merged, temperature, divergence, mix, cap, BANDS
+            ).sum(dim=1)
+            kd, merged[6] = _mixture(sums, divergence, mix)
+            kd = temperature**2 * kd
+        right = (own >= 0) & (own < vocab_size)
+        ce = torch.where(right, ce, torch.nan)
+        if checking():
+            rule = f"labels must be in 0 … {vocab_size - 1}, the student's vocabulary"
+            raise_first(rule, ~right, counted)
+            rule = "logits of both models must have no NaN and a finite maximum"
+            raise_first(rule, ~(ce.isfinite() & ~kd.isnan()), counted)
+        parts = torch.stack([(ce * factor).sum(), (kd * factor).sum()])
+        statistics = statistics.index_copy_(1, counted, merged)
+    return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts, statistics
 
 
-def _in_vocabulary(labels: Tensor, weight: Tensor) -> Tensor:
-    return (labels >= 0) & (labels < weight.shape[0])
+def _tiles_backward(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    factor: Tensor,
+    statistics: Tensor,
+    learns: list[bool],
+    kd_weight: float,
+    ignore_index: int,
+    temperature: float,
+    divergence: int,
+    mix: float,
+    softcap: float,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by hidden, head and bias; one that nobody asks for has no elements."""
+    counted = counted_rows(labels, ignore_index)
+    some = len(counted) > 0
+    # that of the hidden states is made last, when there is room for it
+    grads = empty_gradients(hidden, head, bias, [learns[0] and not some, *learns[1:]])
+    for grad in grads:
+        grad.zero_()
+    if not some:
+        return grads
+    of_hidden, of_head, of_bias = grads
+    kernels = importlib.import_module("clinkd.kernels.linear_kd_gradient")
+    head = head[:vocab_size]
+    own, factor, student, teacher = _of_rows(
+        counted, labels, factor, (hidden, head, bias), (teacher_hidden, teacher_head, teacher_bias)
+    )
+    factor = factor * (grad_loss / (1 + kd_weight))
+    factor = torch.where((own >= 0) & (own < vocab_size), factor, torch.nan)
+    merged = statistics if len(counted) == len(labels) else statistics[:, counted]
+    rows = len(own)
+    sums = student[0].new_zeros(student[0].shape, dtype=torch.float32) if learns[0] else None
+    columns = max(128, BAND_BYTES // (hidden.element_size() * rows) // 128 * 128)
+    buffer = hidden.new_empty(rows, min(columns, -(-vocab_size // 128) * 128))
+    for begin in range(0, vocab_size, buffer.shape[1]):
+        kernels.gradient_band(
+            student, teacher, own, merged, factor, buffer, begin,
+            temperature, kd_weight, divergence, mix, softcap or None,
+        )  # fmt: skip
+        band = slice(begin, min(begin + buffer.shape[1], vocab_size))
+        grad = buffer[:, : band.stop - begin]
+        if sums is not None:
+            for piece in range(0, rows, PIECE):
+                sums[piece : piece + PIECE] += grad[piece : piece + PIECE] @ head[band]
+        if learns[1]:
+            torch.mm(grad.T, student[0], out=of_head[band])
+        if bias is not None and learns[2]:
+            of_bias[band] = grad.sum(dim=0, dtype=torch.float32).to(bias.dtype)
+    del buffer, grad  # before the last copy is made
+    if sums is not None:
+        of_hidden = sums.to(hidden.dtype)
+    if sums is not None and not (rows == len(hidden) and hidden.is_contiguous()):
+        of_hidden = torch.zeros_like(hidden).index_copy_(0, counted, of_hidden)
+    return of_hidden, of_head, of_bias
+
+
+def _of_rows(
+    counted: Tensor, labels: Tensor, factor: Tensor, student: Model, teacher: Model
+) -> tuple[Tensor, Tensor, Model, Model]:
+    """What the kernels take of the rows that count."""
+    models = [
+        (_rows(of_rows(hidden, counted)), _rows(head), bias)
+        for hidden, head, bias in (student, teacher)
+    ]
+    return of_rows(labels, counted), of_rows(factor, counted).float(), models[0], models[1]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -162,3 +185,61 @@ def _mixture(sums: Tensor, divergence: int, mix: float) -> tuple[Tensor, Tensor]
     if divergence == JSD:
         return mix * sums[0] + (1 - mix) * sums[1], (1 - mix) * sums[1]
     return sums[0], (mix - 1) * sums[1]
+
+
+def _fake(
+    hidden: Tensor, head: Tensor, bias: Any, teacher: Any, weight: Any, other: Any, labels: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = labels.shape[0]
+    loss, parts, statistics = (
+        hidden.new_empty(shape, dtype=torch.float32) for shape in ((), (2,), (STATISTICS, rows))
+    )
+    return loss, parts, statistics
+
+
+def _fake_backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, head, bias = arguments[:3]
+    return empty_gradients(hidden, head, bias, arguments[9])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.settings = inputs[:8], inputs[8:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[2])
+
+
+@first_order
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    learns = list(ctx.needs_input_grad[:3])
+    if grad_loss is None or not any(learns):
+        return (None,) * 15
+    grads = _TILES_BACKWARD(grad_loss, *ctx.saved_tensors, learns, *ctx.settings)
+    found = [grad if needed else None for grad, needed in zip(grads, learns, strict=True)]
+    return (*found, *[None] * 12)
+
+
+_TENSORS = (
+    "Tensor hidden, Tensor head, Tensor? bias, Tensor teacher_hidden, Tensor teacher_head, "
+    "Tensor? teacher_bias, Tensor labels, Tensor factor"
+)
+_OPTIONS = (
+    "float kd_weight, int ignore_index, float temperature, int divergence, float mix, "
+    "float softcap, int vocab_size"
+)
+_TILES_BACKWARD = Operator(
+    "linear_kd_tiles_backward",
+    f"(Tensor grad_loss, {_TENSORS}, Tensor statistics, bool[] learns, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    _tiles_backward,
+    _fake_backward,
+)
+LINEAR_KD_TILES = Operator(
+    "linear_kd_tiles",
+    f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _tiles,
+    _fake,
+    _save,
+    _backward,
+)

@@ -12,6 +12,7 @@ from clinkd.ops._kd_at_once import scale_in_place
 from clinkd.ops._kd_mean import has_gradient
 from clinkd.ops._memory import large_pages, linear
 from clinkd.ops._operator import first_order
+from clinkd.ops._vocab_parallel import group_named
 
 # of logits at a time, student's and teacher's together; by whether on a GPU, where more rows make
 # faster products
@@ -58,8 +59,8 @@ def row_chunks(
     score: Score,
     kd_weight: float,
     chunk_rows: int,
-    group: dist.ProcessGroup | None,
-    vocab_size: int | None,
+    vocab_size: int,
+    group: str,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The loss, the sums of CE and KD [2], and the loss's gradients by the inputs.
 
@@ -68,13 +69,14 @@ def row_chunks(
     Args:
         inputs: hidden states [N, C], head [V, C], bias [V] or None.
         needs: which of them get a gradient.
+        group: name of the process group over which the head is cut; "" for none.
     """
     hidden, weight, bias = inputs
     compute = torch.promote_types(hidden.dtype, torch.float32)
     chunks = -(-len(hidden) // chunk_rows)
     # wide where several products are added up; one product is rounded once as it is
     widths = (
-        hidden.dtype if group is None else compute,
+        compute if group else hidden.dtype,
         weight.dtype if chunks == 1 else compute,
         compute,
     )
@@ -107,8 +109,8 @@ def row_chunks(
             columns = grad.sum(dim=0, dtype=compute)
             of_bias.copy_(columns) if start == 0 else of_bias.add_(columns)
         del grad  # before the next chunk's logits come
-    if group is not None and of_hidden is not None:
-        dist.all_reduce(of_hidden, group=group)  # each rank has its columns' share
+    if group and of_hidden is not None:
+        dist.all_reduce(of_hidden, group=group_named(group))  # each rank has its columns' share
     found_grads = [
         None if grad is None or tensor is None else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, inputs, strict=True)
@@ -132,13 +134,13 @@ class RowChunks(torch.autograd.Function):
         score: Score,
         kd_weight: float,
         chunk_rows: int,
-        group: dist.ProcessGroup | None,
-        vocab_size: int | None,
+        vocab_size: int,
+        group: str,
         learns: bool,
     ) -> tuple[Tensor, Tensor]:
         needs = [learns and need for need in ctx.needs_input_grad[:3]]
         loss, parts, grads = row_chunks(
-            (hidden, weight, bias), needs, score, kd_weight, chunk_rows, group, vocab_size
+            (hidden, weight, bias), needs, score, kd_weight, chunk_rows, vocab_size, group
         )
         ctx.save_for_backward(*(grad for grad in grads if grad is not None))
         ctx.present = [grad is not None for grad in grads]

@@ -13,6 +13,15 @@ from clinkd.ops.reference.topk_kd_loss import NOTHING
 STATISTICS = 3  # of the tail: largest logit, one over the sums of exponentials at 1 and at T
 
 
+def ascending(
+    logits: Tensor, ids: Tensor, lse: Tensor, columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's part as the kernels take it: ids ascending, unknown ones last."""
+    ids = torch.where((ids >= 0) & (ids < columns), ids, columns)
+    ids, order = ids.sort(dim=1)
+    return logits.float().gather(1, order), ids.to(torch.int32), lse.float()
+
+
 def _rows(
     student: Tensor,
     ids: Tensor,

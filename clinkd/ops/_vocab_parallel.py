@@ -4,61 +4,41 @@ Three sums over the processes: the largest logits, the sums of exponentials rela
 the divergence, whose every term needs the whole row's sums.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clinkd.ops._kd_loss_native import KD_DIVERGENCE, KD_ROWS, KD_ROWS_BACKWARD
-from clinkd.ops._operator import first_order
+from clinkd.ops._kd_loss_native import (
+    KD_DIVERGENCE,
+    KD_ROWS,
+    KD_ROWS_BACKWARD,
+    OPTIONS,
+    empty_rows,
+)
+from clinkd.ops._operator import Operator, first_order
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 IGNORED = -1
-
-
-class VocabParallelRows(torch.autograd.Function):
-    """CE and KD [N] of the whole vocabulary, the same on all ranks of a group.
-
-    Rank r holds columns `r * V … (r + 1) * V - 1` of the student, and as many of the teacher.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        group: dist.ProcessGroup,
-        options: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor]:
-        ce, kd, ctx.statistics, ctx.labels = whole_rows(student, teacher, labels, group, options)
-        ctx.save_for_backward(student, teacher)
-        ctx.options = local_options(options)
-        return ce, kd
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor) -> tuple[Any, ...]:
-        student, teacher = ctx.saved_tensors
-        grad = KD_ROWS_BACKWARD(
-            grad_ce, grad_kd, student, teacher, ctx.labels, ctx.statistics, *ctx.options
-        )
-        return grad, None, None, None, None
 
 
 def whole_rows(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
-    group: dist.ProcessGroup,
-    options: tuple[Any, ...],
+    name: str,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """CE and KD [N]; statistics [N, 7] of the whole rows and this rank's labels for the gradient.
 
-    The gradient of this rank's columns is that of `kd_rows` with these statistics and labels.
-    A rank with another number of columns, or a label that no rank has, gives NaN.
+    Rank r of the group of that name holds columns `r * V … (r + 1) * V - 1` of the student, and as
+    many of the teacher. The sums are of the whole vocabulary, the same on all ranks. The gradient
+    of this rank's columns is that of `kd_rows` with these statistics and labels. A rank with
+    another number of columns, or a label that no rank has, gives NaN.
     """
+    group = group_named(name)
     temperature, ignore_index = options[0], options[3]
     columns = student.shape[1]
     ignored = labels == ignore_index
@@ -105,14 +85,13 @@ def check_columns(student: int, teacher: int) -> None:
         )
 
 
-def check_shards(group: dist.ProcessGroup, student: Tensor, teacher: Tensor) -> None:
-    """Raise on every rank unless all have heads [V, C] of as many rows.
+def check_shards(name: str, head: Tensor) -> None:
+    """Raise on every rank of a group unless all have heads [V, C] of as many rows.
 
     Chunks of rows are as many as a head's width allows: ranks with others would not meet again.
     """
-    check_columns(len(student), len(teacher))
-    width = torch.tensor([len(student), -len(student)], device=student.device)
-    most, least = _all_reduce(width, dist.ReduceOp.MAX, group).tolist()
+    width = torch.tensor([len(head), -len(head)], device=head.device)
+    most, least = _all_reduce(width, dist.ReduceOp.MAX, group_named(name)).tolist()
     if most != -least:
         raise ValueError(
             "all ranks of a process_group must have as many rows of the heads, got from "
@@ -120,7 +99,13 @@ def check_shards(group: dist.ProcessGroup, student: Tensor, teacher: Tensor) -> 
         )
 
 
-def local_options(options: tuple[Any, ...]) -> tuple[Any, ...]:
+def group_named(name: str) -> dist.ProcessGroup:
+    """The process group: operators know it by its name, as torch's own of distributed graphs do."""
+    group: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    return group
+
+
+def local_options(options: Sequence[Any]) -> tuple[Any, ...]:
     """The operators' options, with the mark of an ignored row that no rank's label can have."""
     temperature, divergence, mix, _, softcap, impl = options
     return (temperature, divergence, mix, IGNORED, softcap, impl)
@@ -130,3 +115,34 @@ def _all_reduce(values: Tensor, op: Any, group: dist.ProcessGroup) -> Tensor:
     values = values.contiguous()
     dist.all_reduce(values, op=op, group=group)
     return values
+
+
+def _fake(
+    student: Tensor, teacher: Tensor, labels: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *empty_rows(student), torch.empty_like(labels)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, teacher, _, _, *options = inputs
+    ctx.options = local_options(options)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(student, teacher, output[3], output[2])
+
+
+@first_order
+def _backward(ctx: Any, grad_ce: Tensor, grad_kd: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    student, teacher, label, statistics = ctx.saved_tensors
+    given = (student, teacher, label, statistics)
+    return (KD_ROWS_BACKWARD(grad_ce, grad_kd, *given, *ctx.options), *[None] * 9)
+
+
+KD_WHOLE_ROWS = Operator(
+    "kd_whole_rows",
+    f"(Tensor student, Tensor teacher, Tensor labels, str group, {OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    whole_rows,
+    _fake,
+    _save,
+    _backward,
+)

@@ -28,7 +28,7 @@ from clinkd.ops._kd_mean import (
     weight_of_counted,
 )
 from clinkd.ops._operator import is_traced
-from clinkd.ops._vocab_parallel import VocabParallelRows, check_columns
+from clinkd.ops._vocab_parallel import KD_WHOLE_ROWS, check_columns
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
 IMPLS = ("auto", "reference", "cpu", "cuda")
@@ -128,7 +128,7 @@ def kd_loss(
         options = operator_options(temperature, divergence, beta, skew, ignore_index, softcap, impl)
         parts = (student_logits.to(dtype), teacher_logits.detach().to(dtype), labels)
         if process_group is not None:
-            ce, kd = VocabParallelRows.apply(*parts, process_group, options)
+            ce, kd, *_ = KD_WHOLE_ROWS(*parts, process_group.group_name, *options)
         elif traced or has_gradient(weight, count):
             ce, kd, _ = KD_ROWS(*parts, *options)
         elif _gradient_at_once(*parts[:2], impl):

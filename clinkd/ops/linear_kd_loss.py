@@ -1,7 +1,5 @@
 """The distillation loss from hidden states: a chunk of the logits exists at a time, or none."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,13 +15,11 @@ from clinkd.ops._checks import (
     check_weight,
 )
 from clinkd.ops._impl import native_impl, resolve_impl, why_not_triton
-from clinkd.ops._kd_loss_native import operator_options
-from clinkd.ops._kd_mean import KDLoss, has_gradient, item_count
-from clinkd.ops._linear_kd_chunks import LINEAR_KD, score_of, under_autocast
-from clinkd.ops._linear_kd_triton import LinearKDTriton
-from clinkd.ops._operator import is_traced
-from clinkd.ops._row_chunks import RowChunks, chunk_rows, shares
-from clinkd.ops._vocab_parallel import check_shards
+from clinkd.ops._kd_mean import KDLoss, divided, item_count
+from clinkd.ops._linear_kd_chunks import LINEAR_KD
+from clinkd.ops._linear_kd_triton import LINEAR_KD_TILES
+from clinkd.ops._row_chunks import chunk_rows, shares
+from clinkd.ops._vocab_parallel import check_columns
 from clinkd.ops.kd_loss import IMPLS, require_kernels, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
@@ -103,54 +99,35 @@ def linear_kd_loss(
         teacher_bias=teacher_bias,
         weight=weight,
     )
-    if process_group is not None:
-        check_shards(process_group, student_weight, teacher_weight)
     count = item_count(labels, ignore_index, num_items)
     device, dtype = labels.device, student_hidden.dtype
     student = (student_hidden, student_weight, student_bias)
     teacher_bias = None if teacher_bias is None else teacher_bias.detach()
     teacher = (teacher_hidden.detach(), teacher_weight.detach(), teacher_bias)
-    kind: tuple[Any, ...] = ()
+    columns = vocab_size or student_weight.shape[0]
+    kind = (temperature, DIVERGENCES.index(divergence), beta if divergence == "jsd" else skew)
+    cap = softcap or 0.0
     if workspace == 0:
         _require_no_storage(process_group, student, teacher)
-    else:
-        wide = torch.promote_types(dtype, teacher_hidden.dtype)
-        impl = resolve_impl(impl, IMPLS, native_impl(device), why_not, device, wide)
-        if process_group is not None:
-            require_kernels(impl)
-            if vocab_size is not None:
-                raise ValueError("vocab_size cannot be given with a process_group: cut the heads")
-        kind = (temperature, divergence, beta, skew, ignore_index, softcap, impl)
-        chunk = chunk_rows(workspace, student_weight[:vocab_size], teacher_weight)
-        has_operator = process_group is None and impl != "reference"
-        if has_operator and is_traced(*student, *teacher, labels, weight):
-            factor, count = shares(weight, labels, count, dtype)
-            # the operator's own products are out of autocast's sight
-            student, teacher = (under_autocast(*each) for each in (student, teacher))
-            learns = [has_gradient(tensor) for tensor in student]
-            *numbers, _ = operator_options(*kind)
-            sizes = (chunk, vocab_size or len(student_weight), learns, impl)
-            loss, parts, *_ = LINEAR_KD(
-                *student, *teacher, labels, factor, kd_weight, *numbers, *sizes
-            )
-            return KDLoss(loss / count, parts[0] / count, parts[1] / count)
-    kept = (labels != ignore_index).nonzero().squeeze(1)
-    if len(kept) < rows:  # where all stay, no copy
-        labels = labels[kept]
-        student = (student_hidden[kept], *student[1:])
-        teacher = (teacher[0][kept], *teacher[1:])
-        weight = None if weight is None else weight[kept]
-    if workspace == 0:
-        mix = beta if divergence == "jsd" else skew
-        given = (labels, weight, kept, kd_weight, temperature, DIVERGENCES.index(divergence))
-        loss, parts = LinearKDTriton.apply(*student, *teacher, *given, mix, softcap, vocab_size)
-    else:
         factor, count = shares(weight, labels, count, dtype)
-        score = score_of(teacher, labels, factor, kept, kd_weight, kind, process_group)
-        settings = (kd_weight, chunk, process_group, vocab_size, torch.is_grad_enabled())
-        loss, parts = RowChunks.apply(*student, score, *settings)
-    parts = parts.detach() / count
-    return KDLoss(loss / count, parts[0], parts[1])
+        settings = (kd_weight, ignore_index, *kind, cap, columns)
+        loss, parts, _ = LINEAR_KD_TILES(*student, *teacher, labels, factor, *settings)
+        return divided(loss, parts, count)
+    wide = torch.promote_types(dtype, teacher_hidden.dtype)
+    impl = resolve_impl(impl, IMPLS, native_impl(device), why_not, device, wide)
+    group = ""
+    if process_group is not None:
+        require_kernels(impl)
+        if vocab_size is not None:
+            raise ValueError("vocab_size cannot be given with a process_group: cut the heads")
+        check_columns(student_weight.shape[0], teacher_weight.shape[0])
+        group = process_group.group_name
+    chunk = chunk_rows(workspace, student_weight[:columns], teacher_weight)
+    sizes = (chunk, columns, group)
+    return LINEAR_KD(
+        student, labels, weight, count, kd_weight, ignore_index, *sizes, *teacher, *kind, cap, impl,
+        graph=impl != "reference",
+    )  # fmt: skip
 
 
 def _require_no_storage(

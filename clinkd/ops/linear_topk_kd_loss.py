@@ -1,11 +1,7 @@
 """The distillation loss from a teacher's top logits and the student's hidden states."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from clinkd.ops import _topk_kd_native as native
 from clinkd.ops._checks import (
     check_bias,
     check_devices,
@@ -13,18 +9,17 @@ from clinkd.ops._checks import (
     check_labels,
     check_num_items,
     check_options,
-    check_rows,
     check_top_rows,
     check_vocab_size,
     check_weight,
 )
 from clinkd.ops._impl import native_impl, resolve_impl
 from clinkd.ops._kd_mean import KDLoss, item_count
-from clinkd.ops._row_chunks import RowChunks, chunk_rows, shares
+from clinkd.ops._linear_topk_chunks import LINEAR_TOPK_KD
+from clinkd.ops._row_chunks import chunk_rows
 from clinkd.ops.kd_loss import IMPLS, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES
-from clinkd.ops.reference.topk_kd_loss import bucket_loss_rows, topk_kd_loss_rows
-from clinkd.ops.topk_kd_loss import ascending, check_top
+from clinkd.ops.topk_kd_loss import check_top
 
 
 def linear_topk_kd_loss(
@@ -90,53 +85,12 @@ def linear_topk_kd_loss(
         impl, IMPLS, native_impl(labels.device), why_not, labels.device, student_hidden.dtype
     )
     count = item_count(labels, ignore_index, num_items)
-    kept = (labels != ignore_index).nonzero().squeeze(1)
-    labels = labels[kept]
-    weight = None if weight is None else weight[kept]
-    factor, count = shares(weight, labels, count, student_hidden.dtype)
-    columns = student_weight[:vocab_size].shape[0]
-    top = ascending(
-        teacher_logits.detach()[kept], teacher_ids[kept], teacher_lse.detach()[kept], columns
-    )
-    kind: dict[str, Any] = {
-        "temperature": temperature,
-        "divergence": divergence,
-        "beta": beta,
-        "skew": skew,
-        "ignore_index": ignore_index,
-    }
-
-    def score(rows: slice, logits: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-        check_rows(logits, None, labels[rows], ignore_index, kept[rows])
-        values, ids, lse = (each[rows] for each in top)
-        if impl == "reference":
-            leaves: list[Tensor] = [logits]
-        else:
-            options = (temperature, ignore_index, softcap or 0.0, impl)
-            *leaves, statistics = native.TOPK_ROWS(logits, ids, labels[rows], *options)
-        with torch.set_grad_enabled(needs_grad):
-            leaves = [leaf.requires_grad_(needs_grad) for leaf in leaves]
-            if impl == "reference":
-                ce, kd = topk_kd_loss_rows(
-                    logits, values, ids, lse, labels[rows], softcap=softcap, **kind
-                )
-            else:
-                ce, kd = bucket_loss_rows(*leaves, values, lse, labels[rows], **kind)  # type: ignore[arg-type, call-arg]
-            ce, kd = (ce * factor[rows]).sum(), (kd * factor[rows]).sum()
-            loss = (ce + kd_weight * kd) / (1 + kd_weight)
-        sums = torch.stack([ce.detach(), kd.detach()])
-        if not needs_grad:
-            return sums, None
-        grads = torch.autograd.grad(loss, leaves)
-        if impl == "reference":
-            return sums, grads[0]
-        native.gradient_in_place(grads, logits, ids, labels[rows], statistics, *options)
-        return sums, logits
-
-    rows = chunk_rows(workspace, student_weight[:vocab_size])
-    settings = (kd_weight, rows, None, vocab_size, torch.is_grad_enabled())
-    loss, parts = RowChunks.apply(
-        student_hidden[kept], student_weight, student_bias, score, *settings
-    )
-    parts = parts.detach() / count
-    return KDLoss(loss / count, parts[0], parts[1])
+    mix = beta if divergence == "jsd" else skew
+    columns = vocab_size or student_weight.shape[0]
+    chunk = chunk_rows(workspace, student_weight[:columns])
+    return LINEAR_TOPK_KD(
+        (student_hidden, student_weight, student_bias), labels, weight, count, kd_weight,
+        ignore_index, chunk, columns, "", teacher_logits.detach(), teacher_ids,
+        teacher_lse.detach(), temperature, divergence, mix, softcap or 0.0, columns, impl,
+        graph=impl != "reference",
+    )  # fmt: skip

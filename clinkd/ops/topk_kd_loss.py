@@ -18,7 +18,7 @@ from clinkd.ops._checks import (
 )
 from clinkd.ops._impl import native_impl, resolve_impl
 from clinkd.ops._kd_mean import KDLoss, item_count, mean_rows, weight_of_counted
-from clinkd.ops._topk_kd_native import TOPK_ROWS
+from clinkd.ops._topk_kd_native import TOPK_ROWS, ascending
 from clinkd.ops.kd_loss import IMPLS, why_not
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 from clinkd.ops.reference.topk_kd_loss import bucket_loss_rows, topk_kd_loss_rows
@@ -118,12 +118,3 @@ def check_top(logits: Tensor, ids: Tensor, lse: Tensor, rows: int) -> None:
         )
     if lse.shape != (rows,):
         raise ValueError(f"teacher_lse must be [N] = [{rows}], got shape {tuple(lse.shape)}")
-
-
-def ascending(
-    logits: Tensor, ids: Tensor, lse: Tensor, columns: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher's part as the kernels take it: ids ascending, unknown ones last."""
-    ids = torch.where((ids >= 0) & (ids < columns), ids, columns)
-    ids, order = ids.sort(dim=1)
-    return logits.float().gather(1, order), ids.to(torch.int32), lse.float()

@@ -121,6 +121,34 @@ def a_vocabulary_that_does_not_divide(rank):
         close(grads[1], expected[1][columns])
 
 
+def in_a_graph(rank):
+    """Its sums over the processes within operators."""
+    group = dist.group.WORLD
+    columns = slice(rank * V // RANKS, (rank + 1) * V // RANKS)
+    hidden, weight, teacher, head, labels = make()
+    mine = weight.detach()[columns].requires_grad_()
+    z = (hidden @ weight.T).detach()[:, columns].requires_grad_()
+
+    def of_logits(z, t, labels):
+        return kd_loss(z, t, labels, process_group=group, temperature=2.0).loss
+
+    def of_hidden(hidden, mine, teacher, head, labels):
+        return linear_kd_loss(
+            hidden, mine, teacher, head, labels, process_group=group, temperature=2.0, workspace=700
+        ).loss
+
+    for loss, leaves, others in (
+        (of_logits, (z,), ((teacher @ head.T)[:, columns], labels)),
+        (of_hidden, (hidden, mine), (teacher, head[columns], labels)),
+    ):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        found, expected = compiled(*leaves, *others), loss(*leaves, *others)
+        close(found.detach(), expected.detach())
+        grads = (torch.autograd.grad(each, leaves) for each in (found, expected))
+        for actual, right in zip(*grads, strict=True):
+            close(actual, right)
+
+
 def over_the_rows(rank):
     """Data parallel: each process has half of the rows, and one token count for both."""
     for settings, workspace in itertools.product(options(), ("auto", 700)):
@@ -145,6 +173,7 @@ CHECKS = (
     over_the_vocabulary,
     ignored_masked_and_wrong,
     a_vocabulary_that_does_not_divide,
+    in_a_graph,
     over_the_rows,
 )
 

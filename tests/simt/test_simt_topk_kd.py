@@ -10,9 +10,9 @@ from simt_harness import SCHEDULES, Fault, Schedule
 
 from clinkd.ops import _topk_kd_native as native
 from clinkd.ops._impl import TYPES
+from clinkd.ops._topk_kd_native import ascending
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 from clinkd.ops.reference.topk_kd_loss import bucket_loss_rows, topk_kd_loss_rows
-from clinkd.ops.topk_kd_loss import ascending
 
 PLACES = (
     "student", "ids", "labels", "statistics", "top_factor", "tail_factor", "soft_factor",

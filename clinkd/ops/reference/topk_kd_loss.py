@@ -101,8 +101,26 @@ def bucket_loss_rows(
 
     A constant added to all of a row's changes nothing (soft_tail: constant / T).
     """
+    log_total, log_p, log_q = bucket_logarithms(
+        top, tail, soft_tail, teacher_logits, teacher_lse, temperature
+    )
+    ce = log_total - picked  # [N]
+    kd = temperature**2 * divergence_rows(log_p, log_q, divergence, beta, skew)
+    ignored = labels == ignore_index
+    return ce.masked_fill(ignored, 0.0), kd.masked_fill(ignored, 0.0)
+
+
+def bucket_logarithms(
+    top: Tensor,
+    tail: Tensor,
+    soft_tail: Tensor,
+    teacher_logits: Tensor,
+    teacher_lse: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the student's sum at T = 1 [N], of p and q [N, K + 1]; see `bucket_loss_rows`."""
     tail, soft_tail = tail.clamp(min=NOTHING), soft_tail.clamp(min=NOTHING)
-    ce = torch.logaddexp(top.logsumexp(dim=1), tail) - picked  # [N]
+    log_total = torch.logaddexp(top.logsumexp(dim=1), tail)
     log_q = torch.cat([top / temperature, soft_tail[:, None]], dim=1).log_softmax(dim=1)
 
     log_p = teacher_logits / temperature - teacher_lse[:, None]
@@ -110,7 +128,4 @@ def bucket_loss_rows(
     rest = (1 - log_p.exp().sum(dim=1, keepdim=True)).clamp(min=LEAST_TAIL)
     # where the student has no other column, what rounding leaves of 1 is no mass
     rest = rest.log().masked_fill(tail[:, None] <= NOTHING, NOTHING)
-    log_p = torch.cat([log_p, rest], dim=1)  # [N, K + 1]
-    kd = temperature**2 * divergence_rows(log_p, log_q, divergence, beta, skew)
-    ignored = labels == ignore_index
-    return ce.masked_fill(ignored, 0.0), kd.masked_fill(ignored, 0.0)
+    return log_total, torch.cat([log_p, rest], dim=1), log_q

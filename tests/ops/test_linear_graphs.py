@@ -1,14 +1,22 @@
-"""`linear_kd_loss` in a graph: one operator, the same numbers."""
+"""Losses of hidden states in a graph: one operator, the same numbers."""
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from clinkd.ops import _linear_kd_chunks, linear_kd_loss
+from clinkd.ops import linear_kd_loss, linear_topk_kd_loss
+from clinkd.ops._impl import why_not_triton
+from clinkd.ops._linear_kd_chunks import LINEAR_KD
+from clinkd.ops._linear_kd_triton import LINEAR_KD_TILES
+from clinkd.ops._linear_topk_chunks import LINEAR_TOPK_KD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROW = (101 + 103) * 4  # bytes of both models' float32 logits
+needs_triton = pytest.mark.skipif(
+    bool(why_not_triton(torch.device(DEVICE), torch.float32)),
+    reason=str(why_not_triton(torch.device(DEVICE), torch.float32)),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,38 +37,57 @@ def make(rows=40, dtype=torch.float32, labelled=True):
     return [t.requires_grad_() for t in leaves], (draw(rows, 24), draw(103, 24)), labels.to(DEVICE)
 
 
-def step(hidden, head, bias, teacher_hidden, teacher_head, labels, **options):
+def chunks(hidden, head, bias, teacher_hidden, teacher_head, labels, **options):
     return linear_kd_loss(
         hidden, head, teacher_hidden, teacher_head, labels, student_bias=bias, temperature=2.0,
-        workspace=10 * ROW, **options,
+        **{"workspace": 10 * ROW, **options},
     )  # fmt: skip
 
 
-def assert_same(run, leaves, *others):
+def tiles(*given, **options):
+    return chunks(*given, workspace=0, **options)
+
+
+def top(hidden, head, bias, teacher_hidden, teacher_head, labels, **options):
+    logits = (teacher_hidden @ teacher_head.T).float() / 4
+    values, ids = logits.topk(5)
+    return linear_topk_kd_loss(
+        hidden, head, values, ids, (logits / 2).logsumexp(1), labels, student_bias=bias,
+        temperature=2.0, workspace=5 * ROW, **options,
+    )  # fmt: skip
+
+
+FORMS = [chunks, top, pytest.param(tiles, marks=needs_triton)]
+every_form = pytest.mark.parametrize("step", FORMS)
+
+
+def assert_same(step, run, leaves, *others, **options):
     """Values, and gradients of a third of the loss."""
     results = []
     for call in (step, run):
-        found = call(*leaves, *others)
+        found = call(*leaves, *others, **options)
         needed = [leaf for leaf in leaves if leaf.requires_grad]
         results.append((*found, *torch.autograd.grad(found[0] / 3, needed)))
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
 
 
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_one_whole_graph(dtype):
+def test_one_whole_graph(step, dtype):
     leaves, teacher, labels = make(dtype=dtype)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert_same(compiled, leaves, *teacher, labels)
+    assert_same(step, compiled, leaves, *teacher, labels)
     leaves[1].requires_grad_(False)  # a head that is frozen
-    assert_same(compiled, leaves, *teacher, labels)
+    assert_same(step, compiled, leaves, *teacher, labels)
     with torch.no_grad():
         expected = step(*leaves, *teacher, labels).loss
         assert torch.equal(compiled(*leaves, *teacher, labels).loss, expected)
 
 
+@pytest.mark.parametrize("step", [chunks, top])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_autocast(narrow):
+def test_autocast(step, narrow):
     """Hidden states of a model under autocast, and a head in float32."""
     leaves, teacher, labels = make()
     if narrow:
@@ -77,41 +104,39 @@ def test_autocast(narrow):
         assert leaf.grad.dtype == leaf.dtype
 
 
-def test_modes_that_watch_see_the_products():
+@every_form
+def test_modes_that_watch(step):
     leaves, teacher, labels = make()
     with FlopCounterMode(display=False) as counter:
         loss = step(*leaves, *teacher, labels).loss
         (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
-    assert counter.get_total_flops() > 0
+    assert counter.get_total_flops() > 0 or step is tiles  # whose products are its kernels'
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
 
 
-def test_any_number_of_rows():
+@every_form
+def test_any_number_of_rows(step):
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (40, 23, 61):
         leaves, teacher, labels = make(rows)
-        assert_same(compiled, leaves, *teacher, labels)
+        assert_same(step, compiled, leaves, *teacher, labels)
 
 
+@every_form
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_kl"])
-def test_options(divergence):
+def test_options(step, divergence):
     leaves, teacher, labels = make()
     options = {
         "divergence": divergence, "beta": 0.3, "skew": 0.2, "softcap": 5.0, "kd_weight": 0.7,
         "vocab_size": 97, "num_items": 50, "weight": torch.rand(40, device=DEVICE),
     }  # fmt: skip
-    labels = labels.clamp(max=96)
-    found = {}
-    for backend in ("eager", "aot_eager"):
-        run = torch.compile(step, fullgraph=True, backend=backend) if backend != "eager" else step
-        loss = run(*leaves, *teacher, labels, **options)
-        found[backend] = (*loss, *torch.autograd.grad(loss.loss, leaves))
-    for expected, actual in zip(*found.values(), strict=True):
-        torch.testing.assert_close(actual, expected)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_same(step, compiled, leaves, *teacher, labels.clamp(max=96), **options)
 
 
-def test_no_labels():
+@every_form
+def test_no_labels(step):
     leaves, teacher, labels = make(labelled=False)
     assert (labels == -100).all()
     loss = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves, *teacher, labels).loss
@@ -120,7 +145,8 @@ def test_no_labels():
         assert not grad.any()
 
 
-def test_a_traced_graph():
+@every_form
+def test_a_traced_graph(step):
     leaves, teacher, labels = make()
     leaves = [leaf.detach() for leaf in leaves]
     graph = make_fx(lambda *given: tuple(step(*given)))(*leaves, *teacher, labels)
@@ -131,14 +157,48 @@ def test_a_traced_graph():
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("learns", [[True, True, True], [True, False, False], [False] * 3], ids=str)
-def test_the_operator_follows_the_rules(learns):
+LEARNS = [[True, True, True], [True, False, False], [False] * 3]
+ignore_grad = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
+
+
+def learning(learns):
+    """Student, teacher with a bias that is none, labels, and what each row is multiplied by."""
     leaves, teacher, labels = make(12)
     leaves = [
         leaf.detach().requires_grad_(needed) for leaf, needed in zip(leaves, learns, strict=True)
     ]
-    factor = torch.rand(12, device=DEVICE)
-    options = (0.5, 2.0, 0, 0.1, -100, 0.0, 5, 101, learns, DEVICE)
-    arguments = (*leaves, *teacher, None, labels, factor, *options)
-    torch.library.opcheck(_linear_kd_chunks.LINEAR_KD._registered, arguments)
+    return leaves, (*teacher, None), labels, torch.rand(12, device=DEVICE)
+
+
+@ignore_grad
+@pytest.mark.parametrize("learns", LEARNS, ids=str)
+def test_the_operator_follows_the_rules(learns):
+    leaves, teacher, labels, factor = learning(learns)
+    sizes = (0.5, -100, 5, 101, "")
+    options = (2.0, 0, 0.1, 0.0, DEVICE)
+    arguments = (*leaves, learns, labels, factor, *sizes, *teacher, *options)
+    torch.library.opcheck(LINEAR_KD.operator._registered, arguments)
+
+
+@ignore_grad
+@pytest.mark.parametrize("learns", LEARNS, ids=str)
+def test_the_operator_of_a_file_follows_the_rules(learns):
+    leaves, (hidden, head, _), labels, factor = learning(learns)
+    logits = hidden @ head.T
+    values, ids = logits.topk(5)
+    sizes = (0.5, -100, 5, 101, "")
+    options = (values, ids, logits.logsumexp(1), 1.0, "jsd", 0.4, 0.0, 101, DEVICE)
+    arguments = (*leaves, learns, labels, factor, *sizes, *options)
+    torch.library.opcheck(LINEAR_TOPK_KD.operator._registered, arguments)
+
+
+@ignore_grad
+@needs_triton
+@pytest.mark.parametrize("learns", LEARNS, ids=str)
+def test_the_operator_without_logits_follows_the_rules(learns):
+    leaves, teacher, labels, factor = learning(learns)
+    options = (0.5, -100, 2.0, 0, 0.1, 0.0, 101)
+    arguments = (*leaves, *teacher, labels, factor, *options)
+    torch.library.opcheck(LINEAR_KD_TILES._registered, arguments)
