@@ -40,12 +40,14 @@ def check_logits(name: str, logits: Tensor, shape: str) -> None:
         )
 
 
-def check_labels(labels: Tensor, rows: int) -> None:
-    """int64, one a row."""
+def check_labels(labels: Tensor, rows: int, ignore_index: int) -> None:
+    """int64, one a row; the label of ignored rows is whole, too."""
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if labels.shape != (rows,):
         raise ValueError(f"labels must be [N] = [{rows}], got shape {tuple(labels.shape)}")
+    if not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index must be a whole number, got {ignore_index!r}")
 
 
 def check_weight(weight: Tensor | None, rows: int, *, learns: bool = True) -> None:

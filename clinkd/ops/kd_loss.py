@@ -88,7 +88,7 @@ def kd_loss(
     """
     check_logits("student_logits", student_logits, "[N, Vs]")
     check_float("teacher_logits", teacher_logits, 2, "[N, Vt]")
-    check_labels(labels, student_logits.shape[0])
+    check_labels(labels, student_logits.shape[0], ignore_index)
     if teacher_logits.shape[0] != student_logits.shape[0]:
         raise ValueError(
             f"teacher_logits must have N = {student_logits.shape[0]} rows, "

@@ -82,7 +82,7 @@ def linear_kd_loss(
         raise ValueError(
             f"teacher_hidden must have N = {rows} rows, got shape {tuple(teacher_hidden.shape)}"
         )
-    check_labels(labels, rows)
+    check_labels(labels, rows, ignore_index)
     check_vocab_size(vocab_size, student_weight)
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)
     check_weight(weight, rows, learns=False)

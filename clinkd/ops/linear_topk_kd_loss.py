@@ -62,7 +62,7 @@ def linear_topk_kd_loss(
     """
     check_head("student", student_hidden, student_weight)
     check_vocab_size(vocab_size, student_weight)
-    check_labels(labels, student_hidden.shape[0])
+    check_labels(labels, student_hidden.shape[0], ignore_index)
     check_top(teacher_logits, teacher_ids, teacher_lse, labels.shape[0])
     check_top_rows(teacher_logits, teacher_lse, labels, ignore_index)
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)

@@ -61,7 +61,7 @@ def topk_kd_loss(
         RuntimeError: an explicit `impl` that cannot run here.
     """
     check_logits("student_logits", student_logits, "[N, Vs]")
-    check_labels(labels, student_logits.shape[0])
+    check_labels(labels, student_logits.shape[0], ignore_index)
     check_top(teacher_logits, teacher_ids, teacher_lse, labels.shape[0])
     check_top_rows(teacher_logits, teacher_lse, labels, ignore_index)
     check_options(kd_weight, temperature, divergence, DIVERGENCES, beta, skew, softcap)

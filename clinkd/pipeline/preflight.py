@@ -10,7 +10,7 @@ from clinkd.config import DEMO, RunConfig
 from clinkd.data.collate import AnswerDataset
 from clinkd.data.records import Record
 from clinkd.errors import DataError, SetupError
-from clinkd.evaluate.text.jars import require_spice
+from clinkd.evaluate.text.jars import package_folder, require_spice
 from clinkd.evaluate.text.scene_graph import require_parser
 from clinkd.generate import ClipScorer
 from clinkd.positions import check_grids
@@ -40,6 +40,8 @@ def require_parts(config: RunConfig, test_records: Sequence[Record]) -> None:
         make_corrector(config.correct.corrector, cache="replies.jsonl", data_root=".")
     if config.generate.scorer != DEMO and config.generate.asks_scorer:
         ClipScorer.load(config.generate.scorer)
+    if config.evaluate.meteor == "jar":
+        package_folder()
     if config.evaluate.spice:
         require_spice()
     elif any(record.task == "RC" for record in test_records):

@@ -35,6 +35,12 @@ def test_softcap(loss, softcap):
         loss(**arguments(loss), softcap=softcap)
 
 
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_a_label_to_ignore_that_is_not_whole(loss):
+    with pytest.raises(TypeError, match="ignore_index must be a whole number, got -1.5"):
+        loss(**arguments(loss), ignore_index=-1.5)
+
+
 @pytest.mark.parametrize("loss", [linear_kd_loss, linear_topk_kd_loss], ids=lambda x: x.__name__)
 def test_a_bias_of_another_size(loss):
     with pytest.raises(ValueError, match=r"student_bias must be \[V\] = \[10\]"):

@@ -10,6 +10,7 @@ from clinkd.config import check
 from clinkd.data.collate import AnswerDataset
 from clinkd.data.records import Record, Turn
 from clinkd.errors import ConfigError, DataError, SetupError
+from clinkd.evaluate.text import jars
 from clinkd.models.demo import build_model, build_processor
 from clinkd.pipeline import preflight
 from clinkd.pipeline.steps import load_model
@@ -47,6 +48,7 @@ def without(monkeypatch):
     [
         ({"model": {"adapter": {"kind": "lora"}}}, SetupError, r"lora needs peft.*clinkd\[lora\]"),
         ({"model": {"adapter": {"kind": "qlora"}}}, SetupError, "qlora needs peft"),
+        ({"evaluate": {"meteor": "jar"}}, SetupError, "METEOR and SPICE need Java"),
         ({"log": {"wandb": "mine"}}, SetupError, "log.wandb needs its package"),
         ({"generate": {"scorer": "nonexist"}}, ConfigError, "scorer 'nonexist': write local-dir"),
         (
@@ -61,8 +63,9 @@ def without(monkeypatch):
         ),
     ],
 )
-def test_parts_that_are_missing(without, tree, error, message):
+def test_parts_that_are_missing(without, monkeypatch, tree, error, message):
     without("peft", "bitsandbytes", "wandb")
+    monkeypatch.setattr(jars, "which", lambda name: None)
     with pytest.raises(error, match=message):
         preflight.require_parts(check(LIGHT | tree), [])
 
