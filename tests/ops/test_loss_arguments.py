@@ -37,7 +37,7 @@ def test_softcap(loss, softcap):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 def test_a_label_to_ignore_that_is_not_whole(loss):
-    with pytest.raises(TypeError, match="ignore_index must be a whole number, got -1.5"):
+    with pytest.raises(TypeError, match=r"ignore_index must be a whole number, got -1\.5"):
         loss(**arguments(loss), ignore_index=-1.5)
 
 
