@@ -80,9 +80,19 @@ def check_num_items(num_items: Tensor | int | None) -> None:
 
 
 def check_devices(labels: Tensor, **others: Tensor | None) -> None:
-    """All on the labels' device: a kernel would read another's memory as its own."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != labels.device:
+    """All on the labels' device: a kernel would read another's memory as its own.
+
+    And each whole there: of a DTensor torch itself would say no more than that it mixed types.
+    """
+    for name, tensor in {"labels": labels, **others}.items():
+        if tensor is None:
+            continue
+        if hasattr(tensor, "device_mesh"):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor: give {name}.full_tensor(), or, of "
+                f"a vocabulary that is cut over a process_group, {name}.to_local()"
+            )
+        if tensor.device != labels.device:
             raise ValueError(
                 f"{name} must be on {labels.device} as labels are, got {tensor.device}"
             )

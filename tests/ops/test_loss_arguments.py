@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest_losses import LOSSES, C, N, arguments
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from clinkd.ops import kd_loss, linear_kd_loss, linear_topk_kd_loss, topk_kd_loss
 from clinkd.ops._impl import why_not_triton
@@ -26,6 +29,20 @@ def test_a_tensor_elsewhere_is_named(loss):
         if name != "labels":
             with pytest.raises(ValueError, match=f"{name} must be on cpu as labels are, got meta"):
                 loss(**given | {name: given[name].to("meta")})
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_a_tensor_cut_over_processes_is_named(loss, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        given = arguments(loss)
+        for name in given:
+            cut = distribute_tensor(given[name].detach(), mesh, [Shard(0)])
+            with pytest.raises(TypeError, match=rf"{name} must be .* give {name}\.full_tensor"):
+                loss(**given | {name: cut})
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
