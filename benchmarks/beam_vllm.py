@@ -44,7 +44,7 @@ def main() -> None:
 
     from clinkd import models
     from clinkd.data.images import load_image
-    from clinkd.data.prompt import messages
+    from clinkd.data.prompt import chat_messages
     from clinkd.data.records import read_records
     from clinkd.generate import BeamSearcher
     from clinkd.pipeline.paths import SAMPLE_FOLDER
@@ -64,7 +64,7 @@ def main() -> None:
         image = load_image(SAMPLE_FOLDER, record.images[0])
         ours.append({"id": record.id, "image": image, "question": record.question})
         prompt = processor.apply_chat_template(
-            messages(record.question, 1), tokenize=False, add_generation_prompt=True
+            chat_messages([record.question], 1), tokenize=False, add_generation_prompt=True
         )
         theirs.append({"prompt": prompt, "multi_modal_data": {"image": image}})
 

@@ -1,6 +1,7 @@
 """`clinkd ask`: one question about one or several images."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,12 +38,15 @@ def ask(
 ) -> None:
     """Ask a model about an image; prints the answer and its boxes (x1, y1, x2, y2; 0…1000)."""
     from clinkd.data.boxes import parse_boxes
+    from clinkd.data.files import atomic_write
     from clinkd.data.images import load_image
 
     if show is not None and (show.suffix.lower() != ".png" or not show.absolute().parent.is_dir()):
         raise ConfigError(
             f"--show must name a .png file in a folder that exists, got {str(show)!r}"
         )
+    if show is not None and show.is_dir():
+        raise ConfigError(f"--show must name a .png file; {str(show)!r} is a folder")
     images = [load_image(path.absolute().parent, path.name) for path in (image, *(more or []))]
     candidates, chosen = _answer(model, images, question, beams, max_new_tokens, scorer)
     for index, (candidate, cosine) in enumerate(candidates):
@@ -57,7 +61,9 @@ def ask(
             clip = "" if cosine is None else f", CLIP {cosine:.3f}"
             typer.echo(f"  score {candidate.score:.3f}{clip}")
     if show is not None:
-        draw_boxes(images[0], parse_boxes(candidates[chosen][0].text)).save(show)
+        drawn = draw_boxes(images[0], parse_boxes(candidates[chosen][0].text))
+        with atomic_write(show, "wb") as file:
+            drawn.save(file, "PNG")
         typer.echo(f"drawn: {show}")
 
 
@@ -74,6 +80,7 @@ def _answer(
     from transformers.utils.logging import disable_progress_bar
 
     from clinkd import models
+    from clinkd.data.convention import from_model, to_model
     from clinkd.generate import BeamSearcher, ClipScorer, select
     from clinkd.generate.scorer import mean_over_images
 
@@ -85,15 +92,23 @@ def _answer(
         raise ConfigError(f"model {name!r} cannot be loaded: {error}") from error
     judge = ClipScorer.load(scorer) if scorer is not None else None
     searcher = BeamSearcher(network, processor, beams, beams, max_new_tokens)
-    (result,) = searcher.generate([{"id": "0", "images": images, "question": question}])
+    sizes = [image.size for image in images]
+    try:
+        asked = to_model(question, processor, sizes)
+    except ValueError as error:
+        raise ConfigError(f"the question: {error}") from None
+    (result,) = searcher.generate([{"id": "0", "images": images, "question": asked}])
     if result.error is not None:
         raise ConfigError(result.error)
-    texts = [candidate.text for candidate in result.candidates]
+    candidates = [
+        replace(each, text=from_model(each.text, processor, sizes)) for each in result.candidates
+    ]
+    texts = [candidate.text for candidate in candidates]
     cosines: list[float | None] = [None] * len(texts)
     if judge is not None:
         cosines = list(mean_over_images(judge, images, texts))
-    chosen = select(result.candidates, "beam" if judge is None else "clip", clip=cosines)
-    return list(zip(result.candidates, cosines, strict=True)), chosen
+    chosen = select(candidates, "beam" if judge is None else "clip", clip=cosines)
+    return list(zip(candidates, cosines, strict=True)), chosen
 
 
 def draw_boxes(image: "Image", boxes: Sequence[Sequence[float]]) -> "Image":

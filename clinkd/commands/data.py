@@ -152,8 +152,9 @@ def stats(
     from clinkd.data import formats
     from clinkd.data.stats import describe
 
-    options = formats.Options(root=root or source.parent)
-    facts = describe(formats.read_file(source, source_format, options))
+    folder = root or source.parent
+    options = formats.Options(root=folder)
+    facts = describe(formats.read_file(source, source_format, options), folder)
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
@@ -167,30 +168,48 @@ def split(
     test: Annotated[float, typer.Option(help="share of the test split")] = 0.1,
     valid: Annotated[float, typer.Option(help="share of a validation split; 0: none")] = 0.0,
     seed: Annotated[int, typer.Option(help="of the draw")] = 0,
+    root: Root = None,
 ) -> None:
     """Split by patient or volume, every task and modality in its share.
 
     \b
       clinkd data split all.jsonl data --test 0.1 --valid 0.05 --seed 1
+      clinkd data split all.jsonl data --root images
     Writes data/train.jsonl, data/test.jsonl, data/valid.jsonl. Records with one `group`, or with
     one image file, stay together. The same seed gives the same split, whatever the order of lines.
     Image paths stay as they are: relative to the data root, not to the new folder.
     """
     from clinkd.data import split as splitting
+    from clinkd.data.clusters import image_files
     from clinkd.data.records import read_records, write_records
 
     require_lines(source)
+    records, folder = read_records(source), root or source.parent
     fractions = {"test": test} | ({"valid": valid} if valid else {})
-    parts = splitting.split(read_records(source), fractions, seed)
+    parts = splitting.split(records, fractions, seed, folder)
     for part in parts:
         if (output / f"{part}.jsonl").exists():
             raise ConfigError(f"{output / part}.jsonl exists already; name another folder")
-    for part, records in parts.items():
-        write_records(output / f"{part}.jsonl", records)
-        tasks = Counter(record.task for record in records)
+    _note_missing(image_files(records, folder), folder)
+    for part, chosen in parts.items():
+        write_records(output / f"{part}.jsonl", chosen)
+        tasks = Counter(record.task for record in chosen)
         shares = ", ".join(f"{task} {tasks[task]}" for task in sorted(tasks))
-        groups = len({record.group for record in records})
-        typer.echo(f"{output / part}.jsonl: {len(records)} records, {groups} groups ({shares})")
+        groups = len({record.group for record in chosen})
+        typer.echo(f"{output / part}.jsonl: {len(chosen)} records, {groups} groups ({shares})")
+
+
+def _note_missing(files: dict[str, str], root: Path) -> None:
+    """Say that images were told apart by their names alone: a link could be one file twice."""
+    found = {name for name, file in files.items() if Path(file).is_absolute()}
+    missing = [name for name in files if name not in found or Path(name).is_absolute()]
+    if missing:
+        typer.echo(
+            f"{len(missing)} of {len(files)} images are not under {root}, {min(missing)!r} for "
+            "one: they were told apart by their names, so links may hide that two are one file; "
+            "say where they lie with --root FOLDER",
+            err=True,
+        )
 
 
 def _boxes(name: str | None) -> Any:

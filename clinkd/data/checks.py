@@ -164,7 +164,9 @@ def _leaks(train: list[_Placed], test: list[_Placed], checker: "_Images") -> lis
     place = {item.record.id: item.place for item in test}
     out = [
         Fault(place[record.id], f"{record.id}: {message}")
-        for record, message in leaks([i.record for i in train], [i.record for i in test])
+        for record, message in leaks(
+            [i.record for i in train], [i.record for i in test], checker.root
+        )
     ]
     if not checker.digests:
         return out

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinkd.data.convention import convention_of, to_model
 from clinkd.data.images import image_size, load_image
-from clinkd.data.prompt import IMAGE_PLACEHOLDER, messages
+from clinkd.data.prompt import IMAGE_PLACEHOLDER, chat_messages
 from clinkd.data.records import Record
 from clinkd.errors import DataError
 
@@ -51,14 +52,28 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         item = {"input_ids": input_ids, "labels": labels, "mm_token_type_ids": token_types}
         return item | images
 
-    def length(self, index: int) -> int:
+    def length(self, record: Record) -> int:
         """Tokens of a record; its images are not decoded.
 
         Raises:
             DataError: as for the record itself.
         """
-        record = self.records[index]
         return len(self._encode_text(record, self.image_tokens(record))[0])
+
+    def texts(self, record: Record) -> list[str]:
+        """The turns of a record, their boxes as the model writes them.
+
+        Raises:
+            DataError: boxes that it cannot write.
+        """
+        texts = [turn.value for turn in record.conversations]
+        if convention_of(self.processor) == "qwen2":
+            return texts
+        sizes = self.image_sizes(record)
+        try:
+            return [to_model(text, self.processor, sizes) for text in texts]
+        except ValueError as error:
+            raise DataError(f"record {record.id!r}: {error}") from None
 
     def image_tokens(self, record: Record) -> list[int]:
         """Merged patches of each image."""
@@ -93,27 +108,16 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def _encode_text(self, record: Record, patches: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Tokens and labels; each prompt is tokenised as generation does, up to the answer."""
         self.require_plain(record)
-        chat: list[dict[str, Any]] = []
+        chat = chat_messages(self.texts(record), len(patches), record.system)
         ids: list[int] = []
         labels: list[int] = []
-        rendered = ""
         left = iter(patches)
-        marked = any(IMAGE_PLACEHOLDER in turn.value for turn in record.conversations[::2])
         tokenizer = self.processor.tokenizer
-        for index in range(0, len(record.conversations), 2):
-            question, answer = record.conversations[index : index + 2]
-            images = question.value.count(IMAGE_PLACEHOLDER) if marked else len(patches)
-            chat += messages(question.value, images if marked or index == 0 else 0)
-            prompt = self.render(chat, prompt=True)
-            chat.append({"role": "assistant", "content": [{"type": "text", "text": answer.value}]})
-            full = self.render(chat, prompt=False)
-            prompt_ids = tokenizer(
-                self._expand(prompt.removeprefix(rendered), left), add_special_tokens=False
-            ).input_ids
-            answer_ids = tokenizer(full.removeprefix(prompt), add_special_tokens=False).input_ids
+        for prompt, answer in self.pieces(record.id, chat):
+            prompt_ids = tokenizer(self._expand(prompt, left), add_special_tokens=False).input_ids
+            answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
             ids += prompt_ids + answer_ids
             labels += [IGNORE_INDEX] * len(prompt_ids) + answer_ids
-            rendered = full
         if len(ids) > self.max_length:
             raise DataError(
                 f"record {record.id!r} has {len(ids)} tokens, over max_length "
@@ -128,13 +132,38 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             DataError: a text of the record holds them.
         """
         token = self.processor.image_token
-        if any(token in turn.value for turn in record.conversations):
+        texts = (record.system or "", *(turn.value for turn in record.conversations))
+        if any(token in text for text in texts):
             raise DataError(
                 f"record {record.id!r}: its text holds {token!r}, which stands for the patches of "
                 f"an image; write {IMAGE_PLACEHOLDER}"
             )
 
-    def render(self, chat: list[dict[str, Any]], *, prompt: bool) -> str:
+    def pieces(self, name: str, chat: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+        """What the chat template makes of each question and of its answer; images are one token.
+
+        Args:
+            name: of the record, for errors.
+
+        Raises:
+            DataError: the template changes what stands before a later turn.
+        """
+        rendered = ""
+        for index, message in enumerate(chat):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(chat[:index], prompt=True)
+            full = self._render(chat[: index + 1], prompt=False)
+            if not (prompt.startswith(rendered) and full.startswith(prompt)):
+                raise DataError(
+                    f"record {name!r}: the model's chat template writes earlier turns anew when "
+                    "later ones come, so that these would be learned from as they are never asked "
+                    "for; make one record of each question"
+                )
+            yield prompt.removeprefix(rendered), full.removeprefix(prompt)
+            rendered = full
+
+    def _render(self, chat: list[dict[str, Any]], *, prompt: bool) -> str:
         """The chat as text; with `prompt`, up to where an answer starts."""
         text: str = self.processor.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=prompt

@@ -173,7 +173,7 @@ def write_file(
     def rows() -> Iterator[layouts.Row]:
         for record in records:
             try:
-                yield layout.write(_with_boxes(record, target, options))
+                yield layout.write(_with_boxes(record, "qwen2", target, options))
             except DataError:
                 raise
             except ValueError as error:
@@ -182,12 +182,14 @@ def write_file(
     write_rows(path, rows())
 
 
-def _with_boxes(record: Record, target: Convention, options: Options) -> Record:
-    if target == "qwen2":
+def _with_boxes(record: Record, source: Convention, target: Convention, options: Options) -> Record:
+    """The record with the boxes of its texts in another convention."""
+    if source == target:
         return record
-    size = options.model_size(record.images, record.size) if target == "qwen2.5" else None
+    pixels = "qwen2.5" in (source, target)
+    size = options.model_size(record.images, record.size) if pixels else None
     turns = tuple(
-        Turn(turn.role, convert_boxes(turn.value, "qwen2", target, size))
+        Turn(turn.role, convert_boxes(turn.value, source, target, size))
         for turn in record.conversations
     )
     return replace(record, conversations=turns)
@@ -200,23 +202,41 @@ def _records(
     if not isinstance(row, dict):
         raise DataError(f"a record must be a JSON object, got {type(row).__name__}")
     if layout.read is _read_clinkd:
-        yield record_from_json(row)
+        yield _own(row, options)
         return
+    # pairs of one row mix tasks, unless it was one record of ours
+    split = layout.split_turns and layouts.OWN_ID not in row
     row = layout.read(row, options.size_of)
-    if not row.get("id"):  # ShareGPT rows need none
+    if row.get("id") in (None, ""):  # ShareGPT rows need none; 0 is one
         row = row | {"id": f"{file}-{_NUMBER.findall(place)[-1]}"}
     elif type(row["id"]) is int:
         row["id"] = str(row["id"])
     turns = row["conversations"]
-    pairs = [turns[i : i + 2] for i in range(0, len(turns), 2)] if layout.split_turns else [turns]
+    pairs = [turns[i : i + 2] for i in range(0, len(turns), 2)] if split else [turns]
     for pair in pairs:
         part = row | {"conversations": pair}
-        if layout.split_turns:
+        if split:
             part["id"] = _numbered(row["id"], stems)
         if len(pairs) > 1:
             part.pop("boxes", None)  # those of all pairs together
         _convert_texts(part, options.boxes or layout.boxes, options)
         yield record_from_json(part)
+
+
+def _own(row: layouts.Row, options: Options) -> Record:
+    """A record of ours, the boxes of its texts brought into our convention if it has another."""
+    if options.task is not None and "task" not in row:
+        row = row | {"task": options.task}
+    record = record_from_json(row)
+    source = options.boxes or "qwen2"
+    if source == "qwen2.5" and not any("bbox_2d" in turn.value for turn in record.conversations):
+        return record  # no pixels, so no image needed
+    try:
+        return _with_boxes(record, source, "qwen2", options)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{record.id}: {error}") from None
 
 
 def _numbered(stem: str, stems: dict[str, int]) -> str:

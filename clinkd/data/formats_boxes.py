@@ -17,7 +17,12 @@ _NAME = re.compile(
 
 
 def convert_boxes(
-    text: str, source: Convention, target: Convention, size: Size | None = None
+    text: str,
+    source: Convention,
+    target: Convention,
+    size: Size | None = None,
+    *,
+    strict: bool = True,
 ) -> str:
     """Rewrite every marked box and object name of a text; the rest stays as it is.
 
@@ -28,9 +33,10 @@ def convert_boxes(
         text: a question or an answer.
         source, target: see `clinkd.data.boxes`.
         size: pixels of the image as the model sees it; needed where one side is `qwen2.5`.
+        strict: whether a box outside the image, or reversed, is an error; else it stays one.
 
     Raises:
-        ValueError: an unknown convention, a box outside the image or reversed, no size.
+        ValueError: an unknown convention, no size, and what `strict` says.
     """
     for convention in (source, target):
         if convention not in CONVENTIONS:
@@ -39,9 +45,11 @@ def convert_boxes(
         raise ValueError("convention 'qwen2.5' counts pixels: the size of the image is needed")
     if source in _OPEN:
         pattern = re.compile(rf"(?:(?:{_NAME.pattern})\s*)?(?:{PATTERNS[source].pattern})")
-        text = pattern.sub(lambda m: _write(_label(m), m.groups()[2:], target, None, size), text)
+        text = pattern.sub(
+            lambda m: _write(_label(m), m.groups()[2:], target, None, size, strict), text
+        )
     else:
-        text = _from_json(text, source, target, size)
+        text = _from_json(text, source, target, size, strict)
     return _NAME.sub(lambda m: _name(_label(m) or "", target), text)
 
 
@@ -50,16 +58,25 @@ def _label(match: re.Match[str]) -> str | None:
     return match.group(2) if match.group(1) is None else match.group(1)
 
 
-def _from_json(text: str, source: Convention, target: Convention, size: Size | None) -> str:
+def _from_json(
+    text: str, source: Convention, target: Convention, size: Size | None, strict: bool
+) -> str:
     scale = size if source == "qwen2.5" else None
     whole = _listed(text)
     if whole is not None:
-        return "".join(_write(label, corners, target, scale, size) for label, corners in whole)
+        return "".join(
+            _write(label, corners, target, scale, size, strict) for label, corners in whole
+        )
 
     def rewrite(match: re.Match[str]) -> str:
         found = _JSON_LABEL.search(match.group())
-        label = json.loads(found.group(1)) if found else None
-        return _write(label, match.groups(), target, scale, size)
+        try:
+            label = json.loads(found.group(1)) if found else None
+        except ValueError:
+            if strict:
+                raise
+            label = None
+        return _write(label, match.groups(), target, scale, size, strict)
 
     return PATTERNS["json"].sub(rewrite, text)
 
@@ -91,11 +108,17 @@ def _write(
     target: Convention,
     pixels: Size | None,
     size: Size | None,
+    strict: bool,
 ) -> str:
     """One box in the target's convention; `pixels` scales corners that are not in 0…1000."""
     width, height = pixels or (1000, 1000)
     scale = (1000 / width, 1000 / height) * 2
-    box = to_box([float(c) * s for c, s in zip(corners, scale, strict=True)])
+    box: Sequence[float] = [float(c) * s for c, s in zip(corners, scale, strict=True)]
+    try:
+        box = to_box(box)
+    except ValueError:
+        if strict:
+            raise
     text = format_boxes([box], target, size)
     if label is None:
         return text
@@ -117,7 +140,7 @@ def resized_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> S
     for Qwen3-VL), with between `min_pixels` and `max_pixels` pixels, the aspect nearly kept.
     """
     width, height = size
-    new_w, new_h = (max(factor, round(side / factor) * factor) for side in size)
+    new_w, new_h = (round(side / factor) * factor for side in size)
     if new_w * new_h > max_pixels:
         shrink = (width * height / max_pixels) ** 0.5
         new_w, new_h = (max(factor, int(side / shrink / factor) * factor) for side in size)

@@ -21,6 +21,7 @@ _HUMAN = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _DOMAINS = {"chest_xray": "x", "mri": "mr", "ct_scan": "ct", "histology": "histology"}
 _QWEN2_NAME = re.compile(r"<\|object_ref_start\|>([^<]*)<\|object_ref_end\|>")
 _META = ("modality", "task", "group", "boxes", "size")
+OWN_ID = "clinkd_id"  # of a BiRD row that was one record of ours; its own id is the image's name
 
 
 def _turns(row: Row, turns: Any, role_key: str, text_key: str) -> tuple[list[Row], str | None]:
@@ -52,7 +53,10 @@ def _meta(record: Record) -> Row:
 
 
 def read_bird(row: Row, size_of: SizeOf) -> Row:
-    """`{"id": image stem, "conversations": [[question, answer], ...]}`, image = id + ".png"."""
+    """`{"id": image stem, "conversations": [[question, answer], ...]}`, image = id + ".png".
+
+    A row that we wrote has our id beside it, see `OWN_ID`.
+    """
     stem, pairs = row.get("id"), row.get("conversations")
     if not isinstance(stem, str) or not stem:
         raise DataError(f"'id' must be the image's name without '.png', got {stem!r}")
@@ -72,7 +76,9 @@ def read_bird(row: Row, size_of: SizeOf) -> Row:
     # SA-Med2D: <modality>_<sub>--<data set>--<volume>--<axis>_<slice>
     group = stem.rsplit("--", 1)[0]
     meta = {"modality": stem.split("_", 1)[0], "group": group}
-    return meta | row | {"image": f"{stem}.png", "conversations": turns}
+    own = {key: value for key, value in row.items() if key != OWN_ID}
+    own["id"] = row.get(OWN_ID, stem)
+    return meta | own | {"image": f"{stem}.png", "conversations": turns}
 
 
 def write_bird(record: Record) -> Row:
@@ -82,7 +88,7 @@ def write_bird(record: Record) -> Row:
     texts = [turn.value.replace(IMAGE_PLACEHOLDER, "").strip() for turn in record.conversations]
     texts[0] = f"Picture 1: <img>{record.images[0]}</img>\n{texts[0]}"
     pairs = [texts[i : i + 2] for i in range(0, len(texts), 2)]
-    return {"id": stem, "conversations": pairs} | _meta(record)
+    return {"id": stem, OWN_ID: record.id, "conversations": pairs} | _meta(record)
 
 
 # LLaVA and LLaVA-Med -----------------------------------------------------------------------
@@ -103,7 +109,9 @@ def read_llava(row: Row, size_of: SizeOf) -> Row:
     if "text" in row and "conversations" not in row:
         identity = row.pop("question_id", row.get("id"))
         turns = [("human", row.pop("text")), ("gpt", row.pop("gpt4_answer", None))]
-        row |= {"id": str(identity), "conversations": [{"from": r, "value": v} for r, v in turns]}
+        row["conversations"] = [{"from": r, "value": v} for r, v in turns]
+        if identity is not None:
+            row["id"] = str(identity)
     elif "conversatons" in row and "conversations" not in row:  # spelt so in LLaVA-Med's own files
         row["conversations"] = row.pop("conversatons")
     if isinstance(row.get("image"), list):

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from clinkd.data.png import END, HEAD_BYTES, plain_size
 from clinkd.errors import DataError
@@ -20,28 +21,61 @@ MAX_PIXELS = 64 << 20  # decoded pixels of one image; a larger one is refused, n
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM", "JPEG2000")
 MEDICAL_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz")
 PLAIN_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".jp2")
-_ORIENTATION = 0x0112  # EXIF tag; 5…8 exchange width and height
+_WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112  # tags of TIFF, the last of EXIF too
+_ASIDE = (5, 6, 7, 8)  # orientations that exchange width and height
+_TURNS = {  # what makes a picture of each orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# where PIL keeps what it finds an orientation in
+_NOTES = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """The file of an image's name, and what stands behind `#`: only medical files have that."""
+def split_name(name: str, root: str | os.PathLike[str] | None = None) -> tuple[str, str]:
+    """The file of an image's name, and what stands behind its last `#`: a medical file's slice.
+
+    Args:
+        name: as a record gives it.
+        root: the data root, to look there whether a file without a medical suffix is DICOM; None
+            goes by suffixes alone. Names without `#`, and those of pictures, are not looked up.
+    """
     path, mark, selection = name.rpartition("#")
-    if mark and path.lower().endswith(MEDICAL_SUFFIXES):
+    if not mark or name.lower().endswith(PLAIN_SUFFIXES):
+        return name, ""
+    if path.lower().endswith(MEDICAL_SUFFIXES):
         return path, selection
+    if root is not None:
+        with contextlib.suppress(DataError):  # no such file, or none that may be opened
+            if is_medical(_resolve(root, path, name)):
+                return path, selection
     return name, ""
 
 
 def resolve_image(root: str | os.PathLike[str], name: str) -> str:
-    """The image's path, which must lie inside the data root.
+    """The image's path without links, which must lie inside the data root.
 
     Raises:
-        DataError: an absolute path, one that leads out of the root (`..`, links), a missing file.
+        DataError: an absolute path, one with a `..` in it, links out of the root, a missing file.
     """
-    relative, _ = split_name(name)
+    return _resolve(root, split_name(name, root)[0], name)
+
+
+def _resolve(root: str | os.PathLike[str], relative: str, name: str) -> str:
+    """The real path of a file under the root; errors give the whole `name`."""
     try:
         base = _real_folder(os.path.abspath(root))
         if os.path.isabs(relative):
             raise DataError(f"image {name!r} is an absolute path and lies outside the data root")
+        if ".." in relative.replace(os.sep, "/").split("/"):
+            raise DataError(
+                f"image {name!r} goes up with '..': what lies outside the data root is refused; "
+                f"write the path from {base} down"
+            )
         path = _below(base, relative)
         if path is None:
             path = os.path.realpath(os.path.join(base, relative), strict=True)
@@ -98,13 +132,13 @@ def load_image(root: str | os.PathLike[str], name: str) -> Image.Image:
     if is_medical(path):
         from clinkd.data.medical import load_slice  # here: pydicom and nibabel are an extra
 
-        return load_slice(Path(path), name, MAX_PIXELS)
+        return load_slice(Path(path), name, split_name(name, root)[1], MAX_PIXELS)
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check_pixels(name, *image.size)
             if image.format == "PNG":
                 check_png_end(path, name)
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(_upright(image))
     except DataError:
         raise
     except Exception as error:  # of PIL's readers each has its own: struct.error, TypeError, …
@@ -126,7 +160,7 @@ def image_size(
     if is_medical(path):
         from clinkd.data.medical import slice_size
 
-        return slice_size(Path(path), name, MAX_PIXELS)
+        return slice_size(Path(path), name, split_name(name, root)[1], MAX_PIXELS)
     try:
         head, end = _ends(path)
         if (plain := plain_size(head)) is not None:
@@ -138,15 +172,36 @@ def image_size(
             _check_pixels(name, *image.size)
             if png_end and image.format == "PNG":
                 check_png_end(path, name)
-            width, height = image.size
-            turned = image.format in ("JPEG", "TIFF", "WEBP") or "exif" in image.info
-            if turned and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8):
-                return height, width
-            return width, height
+            return _upright_size(image)
     except DataError:
         raise
     except Exception as error:
         raise DataError(f"image {name!r} has no readable header: {error}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The decoded image, turned as its note says."""
+    turn = _TURNS.get(_orientation(image))  # before the pixels are read, as `_upright_size` does
+    if image.format == "TIFF":  # turns itself as it is decoded
+        return ImageOps.exif_transpose(image)
+    return image.transpose(turn) if turn is not None else image
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """The size of what `_upright` returns, of an image that is not decoded yet."""
+    width, height = image.size
+    if isinstance(image, TiffImageFile):  # newer versions of PIL have turned its `size` already
+        width, height = int(image.tag_v2[_WIDTH]), int(image.tag_v2[_HEIGHT])
+    return (height, width) if _orientation(image) in _ASIDE else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The header's note which side is up, 1 without one; none behind a PNG's pixels counts."""
+    if image.format != "TIFF" and _NOTES.isdisjoint(image.info):
+        return 1
+    # not `image.getexif()`, which decodes a PNG to look behind its pixels
+    found = Image.Image.getexif(image).get(_ORIENTATION)
+    return found if isinstance(found, int) else 1
 
 
 def is_medical(path: str) -> bool:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from sys import intern
 from typing import Any
 
@@ -52,13 +52,23 @@ class Record:
 
     @property
     def question(self) -> str:
-        """The first human turn without image placeholders."""
-        return self.conversations[0].value.replace(IMAGE_PLACEHOLDER, "").strip()
+        """The human turn that `answer` answers, the last one, without image placeholders."""
+        return self.conversations[-2].value.replace(IMAGE_PLACEHOLDER, "").strip()
 
     @property
     def answer(self) -> str:
         """The last turn of the model."""
         return self.conversations[-1].value.strip()
+
+    @property
+    def system(self) -> str | None:
+        """What stands before the first turn, under the key `system`; None for the model's own."""
+        value = self.extra.get("system")
+        return value if isinstance(value, str) and value.strip() else None
+
+    def answered(self, text: str) -> "Record":
+        """The record with another last answer."""
+        return replace(self, conversations=(*self.conversations[:-1], Turn("gpt", text)))
 
     def to_json(self) -> dict[str, Any]:
         """The record as its JSON object."""
@@ -252,7 +262,7 @@ def _value(line: bytes) -> Any:
     try:
         text = line.decode()
         value, end = _DECODER.raw_decode(text) if text.startswith("{") else (None, 0)
-        if end == 0 or not text.endswith("}\n", end - 1):  # not an object alone on its line
+        if end == 0 or text[end:] not in ("\n", ""):  # not an object alone on its line
             value = _DECODER.decode(text)
         if b"\\u" in line:  # half a surrogate pair could be read, but never written again
             json.dumps(value, ensure_ascii=False).encode()

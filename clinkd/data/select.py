@@ -1,6 +1,7 @@
 """Drawing a share of the records: seeded, stratified by task and modality, blind to file order."""
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
@@ -41,17 +42,22 @@ def limit_records(records: Sequence[Record], limit: int | None, seed: int) -> li
     return list(records) if limit is None else draw(records, limit, seed)
 
 
-def held_out_places(records: Sequence[Record], share: float, seed: int) -> list[int]:
+def held_out_places(
+    records: Sequence[Record], share: float, seed: int, root: str | os.PathLike[str] | None = None
+) -> list[int]:
     """Places of the records of a share of the groups (volumes, patients), at least one group.
 
     A group is never in both parts, nor are groups that share an image. 0 gives none.
+
+    Args:
+        root: where the images lie, to know one under two names; None: by names alone.
 
     Raises:
         ConfigError: one group only, so that nothing would be left to learn from.
     """
     if share == 0:
         return []
-    groups = clusters_of(records)
+    groups = clusters_of(records, root)
     if len(groups) < 2:
         raise ConfigError(f"held_out needs records of at least two groups, got {len(groups)}")
     groups.sort(key=lambda places: seeded_key(seed, min(records[i].group for i in places)))

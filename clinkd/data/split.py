@@ -1,16 +1,20 @@
 """Splitting records so that no patient, volume or image stands on both sides."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from clinkd.data.clusters import clusters_of, image_file
+from clinkd.data.clusters import clusters_of, image_file, image_files
 from clinkd.data.records import Record
 from clinkd.data.select import Stratum, seeded_key
 from clinkd.errors import ConfigError, DataError
 
 
 def split(
-    records: Sequence[Record], fractions: Mapping[str, float], seed: int
+    records: Sequence[Record],
+    fractions: Mapping[str, float],
+    seed: int,
+    root: str | os.PathLike[str] | None = None,
 ) -> dict[str, list[Record]]:
     """Split into named parts and `train`, the rest.
 
@@ -22,6 +26,7 @@ def split(
         records: of the whole data set.
         fractions: of each part but `train`, e.g. {"test": 0.1, "valid": 0.05}.
         seed: of the draw; the order of `records` has no influence.
+        root: the data root, where links tell that two images are one file; None goes by names.
 
     Returns:
         Each part's records, in the order of `records`; `train` last.
@@ -34,7 +39,7 @@ def split(
         raise ConfigError(f"fractions must be over 0 and their sum under 1, got {dict(fractions)}")
     if "train" in fractions:
         raise ConfigError("'train' is what the other parts leave; give their fractions only")
-    clusters = clusters_of(records)
+    clusters = clusters_of(records, root)
     if len(clusters) <= len(fractions):
         raise DataError(
             f"the records form only {len(clusters)} groups that share no patient, volume or "
@@ -87,18 +92,35 @@ def _name(records: Sequence[Record], cluster: Sequence[int]) -> str:
     return min(records[index].id for index in cluster)
 
 
-def leaks(train: Sequence[Record], test: Sequence[Record]) -> list[tuple[Record, str]]:
-    """The test records that share an id, a group or an image file with the training split."""
+def leaks(
+    train: Sequence[Record],
+    test: Sequence[Record],
+    root: str | os.PathLike[str] | None = None,
+) -> list[tuple[Record, str]]:
+    """The test records that share an id, a group or an image file with the training split.
+
+    Args:
+        train, test: the splits.
+        root: the data root, to find files that links give a second name; None goes by names.
+    """
     ids = {record.id for record in train}
     groups = {record.group for record in train}
-    files = {image_file(name) for name in {name for record in train for name in record.images}}
+    names = {file: name for name, file in image_files(train, root).items()}
+    files = image_files(test, root)
     found: list[tuple[Record, str]] = []
     for record in test:
-        shared = next((n for n in record.images if image_file(n) in files), None)
+        shared = next((name for name in record.images if files[name] in names), None)
         if record.id in ids:
             found.append((record, f"its id {record.id!r} stands in the training split too"))
         elif record.group in groups:
             found.append((record, f"its group {record.group!r} stands in the training split too"))
         elif shared is not None:
-            found.append((record, f"its image {shared!r} stands in the training split too"))
+            found.append((record, _shared_image(shared, names[files[shared]])))
     return found
+
+
+def _shared_image(name: str, other: str) -> str:
+    """What to say of an image that has the file of the training split's image `other`."""
+    if image_file(name) == image_file(other):
+        return f"its image {name!r} stands in the training split too"
+    return f"its image {name!r} is the training split's {other!r} under another name"

@@ -1,17 +1,23 @@
 """What a data set holds: counts, sizes of boxes and images, lengths of texts."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from clinkd.data.clusters import image_file
+from clinkd.data.clusters import image_files
 from clinkd.data.records import TASKS, Record
 
 _QUANTILES = (("min", 0.0), ("p5", 0.05), ("median", 0.5), ("p95", 0.95), ("max", 1.0))
 
 
-def describe(records: Sequence[Record]) -> dict[str, Any]:
+def describe(
+    records: Sequence[Record], root: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
     """Facts about records, as plain JSON values.
+
+    Args:
+        root: where the images lie, to know one under two names; None: by names alone.
 
     Returns:
         `records`, `images` (files), `groups`; `counts` by modality and task; `boxes` and
@@ -28,7 +34,7 @@ def describe(records: Sequence[Record]) -> dict[str, Any]:
     sizes = [record.size for record in records if record.size is not None]
     return {
         "records": len(records),
-        "images": len({image_file(name) for record in records for name in record.images}),
+        "images": len(set(image_files(records, root).values())),
         "groups": len({record.group for record in records}),
         "counts": dict(sorted(counts.items())),
         "boxes": len(boxes),

@@ -112,9 +112,10 @@ class BeamSearcher:
         """Answer requests, in their order.
 
         Args:
-            requests: `{"id", "image" | "images" | none, "question"}`, images as PIL images, or
-                `{"id", "input_ids", ...}` with what a processor returns. A request that cannot be
-                answered gets a result with `error`; the others go on.
+            requests: `{"id", "image" | "images" | none, "question"}`, images as PIL images, and
+                if wanted `history`, questions and answers that came before, in turn, and `system`,
+                the message before all; or `{"id", "input_ids", ...}` with what a processor returns.
+                A request that cannot be answered gets a result with `error`; the others go on.
             progress: called with the number of requests answered so far.
         """
         found: dict[int, Result] = {}

@@ -40,7 +40,8 @@ def encode_request(
         images = request.get("images", request.get("image"))
         images = [] if images is None else [images] if isinstance(images, Image.Image) else images
         images = [to_rgb(each) if isinstance(each, Image.Image) else each for each in images]
-        encoded = encode_prompt(processor, request["question"], images)
+        turns = [*request.get("history", ()), request["question"]]
+        encoded = encode_prompt(processor, turns, images, request.get("system"))
         inputs = {name: encoded[name] for name in _INPUTS if name in encoded}
     _check(inputs, model, max_new_tokens)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}

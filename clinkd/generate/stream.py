@@ -5,12 +5,15 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel
 
+from clinkd.data.convention import from_model, to_model
 from clinkd.data.images import load_image
 from clinkd.data.records import Record
 from clinkd.errors import DataError
@@ -55,7 +58,8 @@ def answer_records(
     A question that cannot be answered gets the reason as its "error" and an empty response.
 
     Args:
-        records: their first questions are asked; the last answers are the annotations.
+        records: the last question of each is asked, after the turns before it; the last answer is
+            the annotation. Boxes are as records have them, in what is asked and in what comes back.
         batch_size: questions in flight; a block is `BLOCK` times as many.
         scorer: scores every candidate against the question's images.
         selection: see `clinkd.generate.select`; `beam` where a question has no image to score.
@@ -84,6 +88,7 @@ def answer_records(
     settings = {
         "settings": repr((searcher.rules, samples, batch_size, selection, mix)),
         "model": _fingerprint(model),
+        "records": _content(records),
         "scorer": _fingerprint(scorer.backend.model) if scorer is not None else None,
     }
     size = BLOCK * batch_size
@@ -118,6 +123,14 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _content(records: Sequence[Record]) -> str:
+    """Hash of all that is asked and written of the records."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(_line(record.to_json()).encode())
+    return digest.hexdigest()
+
+
 def _line(row: dict[str, Any]) -> str:
     """JSON with a newline, without the characters that some readers take for another one."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
@@ -144,11 +157,37 @@ def _answer_block(
         except DataError as error:
             errors[index] = str(error)
             continue
-        requests.append({"id": str(index), "images": images[index], "question": record.question})
-    results = {int(result.id): result for result in searcher.generate(requests, answered)}
+        try:
+            requests.append(_request(str(index), record, images[index], searcher.processor))
+        except ValueError as error:
+            errors[index] = str(error)
+    results = {
+        int(result.id): _as_in_records(result, images[int(result.id)], searcher.processor)
+        for result in searcher.generate(requests, answered)
+    }
     for index, record in enumerate(records):
         result = results.get(index) or Result(str(index), error=errors[index])
         yield _row(record, result, images.get(index, []), scorer, selection, mix)
+
+
+def _request(
+    name: str, record: Record, images: list[Image.Image], processor: Any
+) -> dict[str, Any]:
+    """The last question of a record with all that stands before it."""
+    turns = [turn.value for turn in record.conversations[:-1]]
+    *history, question = (to_model(turn, processor, [i.size for i in images]) for turn in turns)
+    request = {"id": name, "images": images, "question": question, "history": history}
+    return request | ({"system": record.system} if record.system else {})
+
+
+def _as_in_records(result: Result, images: Sequence[Image.Image], processor: Any) -> Result:
+    """The result with the boxes of its candidates as records have them."""
+    sizes = [image.size for image in images]
+    candidates = [
+        replace(candidate, text=from_model(candidate.text, processor, sizes))
+        for candidate in result.candidates
+    ]
+    return replace(result, candidates=candidates)
 
 
 def _row(

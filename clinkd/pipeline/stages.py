@@ -20,6 +20,7 @@ from clinkd.pipeline.paths import data_root, records_file
 from clinkd.pipeline.preflight import require_parts, require_places
 from clinkd.pipeline.steps import (
     asked_records,
+    fit_check,
     load_processor,
     positions_of,
     read_config,
@@ -216,6 +217,7 @@ def _round(
             threshold=config.threshold,
             iou_threshold=config.iou_threshold,
             policy=config.policy,
+            why_unfit=fit_check(folder, start, config.max_length).why_not,
             progress=progress,
         )
         write_round(place, asked_records(folder, "train"), corrections)

@@ -1,5 +1,6 @@
 """What several stages need: a model, its processor, records, the teacher's cache."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,10 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from clinkd import models
 from clinkd.config import DEMO, RunConfig
+from clinkd.data.collate import AnswerDataset
 from clinkd.data.files import read_jsonl
-from clinkd.data.records import Record, Turn, read_records
+from clinkd.data.lengths import FitCheck
+from clinkd.data.records import Record, read_records
 from clinkd.data.select import limit_records
 from clinkd.data.teacher_cache import TeacherCache
 from clinkd.errors import ConfigError, SetupError
@@ -18,6 +21,7 @@ from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root
 from clinkd.rotary import PositionConfig
 from clinkd.train.adapter import quantisation
+from clinkd.train.parallel import is_first
 from clinkd.train.sharded import cut_while_loading
 from clinkd.train.teachers import cache_spec
 
@@ -170,13 +174,28 @@ def stage_records(folder: RunFolder, stage: str) -> list[Record]:
 def _hard_labels(folder: RunFolder, records: Sequence[Record], least: float) -> list[Record]:
     """Records that carry the teacher's confident answers in place of the truth."""
     by_id = {record.id: record for record in records}
-    out = []
+    check = fit_check(folder, start_of(folder), folder.config.distill.max_length)
+    out: list[Record] = []
+    unfit: list[str] = []
     for row in read_jsonl(folder.path / "pseudo" / "labels.jsonl"):
         if row["confidence"] >= least and row["response"].strip():
-            record = by_id[row["id"]]
-            turns = (*record.conversations[:-1], Turn("gpt", row["response"]))
-            out.append(replace(record, id=f"{record.id}#pseudo", conversations=turns))
+            record = by_id[row["id"]].answered(row["response"])
+            record = replace(record, id=f"{record.id}#pseudo")
+            if why := check.why_not(record):
+                unfit.append(why)
+            else:
+                out.append(record)
+    if unfit and is_first():
+        first, more = unfit[0], f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
+        warnings.warn(f"pseudo-labels left out: {first}{more}", stacklevel=2)
     return out
+
+
+def fit_check(folder: RunFolder, start: str, max_length: int) -> FitCheck:
+    """What tells whether a text that a model wrote can be learned from."""
+    config = folder.config
+    processor = load_processor(config, start)
+    return FitCheck(AnswerDataset([], data_root(config.data), processor, max_length))
 
 
 def asked_records(folder: RunFolder, name: str) -> list[Record]:

@@ -124,7 +124,7 @@ def _train(folder: RunFolder, task: TrainTask, progress: Update) -> str:
         bfloat16=config.model.dtype == "bfloat16",
         strategy=config.parallel.strategy,
         offload=config.parallel.offload,
-        held_out=held_out_places(records, settings.held_out, config.seed),
+        held_out=held_out_places(records, settings.held_out, config.seed, data_root(config.data)),
         tensorboard=folder.path / "tensorboard",
         wandb=config.log.wandb,
     )

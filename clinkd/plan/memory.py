@@ -75,13 +75,13 @@ def device_memory(
     def share(number: float, since: int) -> int:
         return int(number / (world if stage >= since else 1))
 
-    weight = 0.5 if adapter.kind == "qlora" else kind.weight
-    frozen = size.total - size.trained
-    weights = share(frozen * weight + size.trained * kind.weight, 3)
+    # 4 bits of each layer's matrices; embedding and head stay as they are
+    quantised = size.linear - size.head if adapter.kind == "qlora" else 0
+    weights = share(quantised * 0.5 + (size.total - quantised) * kind.weight, 3)
     if stage == 3 and world > 1:
         weights += min(size.total, LIVE) * kind.weight  # gathered for the layers at work
     if kind is AUTOCAST:
-        weights += 2 * size.linear  # autocast's copies
+        weights += 2 * (size.linear - quantised)  # autocast's copies
     gradients = share(size.trained * kind.weight, 2)
     if strategy == "ddp" and world > 1:
         gradients *= 2  # and the buckets that are sent

@@ -12,7 +12,7 @@ from clinkd.data.records import Record, read_records
 from clinkd.data.select import limit_records
 from clinkd.pipeline.paths import data_root, records_file
 from clinkd.pipeline.steps import asks_live, load_processor, read_config, uses_cache
-from clinkd.plan.memory import device_memory
+from clinkd.plan.memory import device_memory, numbers
 from clinkd.plan.sizes import ModelSize, RecordSize, model_size, record_size
 from clinkd.train.correctors import Case
 from clinkd.train.correctors.limits import Spending
@@ -138,9 +138,13 @@ def _disk(
     largest = max(student.total, teacher.total)
     trained = max(student.trained, teacher.trained)
     saved = trained if student.adapters else largest
+    if config.parallel.strategy == "ddp":
+        one = 4 * saved + 8 * trained
+    else:  # weights for loading, DeepSpeed's own, its float32 ones and Adam's two
+        one = 2 * numbers(config).weight * largest + 12 * trained
     found = {
         # two are kept, the best beside them, and one is being written
-        "checkpoints": (3 + bool(config.teacher.held_out)) * (4 * saved + 8 * trained),
+        "checkpoints": (3 + bool(config.teacher.held_out)) * one,
         "models": 4 * (teacher.total + student.total * (1 + config.correct.rounds)),
         "teacher cache": 0,
     }

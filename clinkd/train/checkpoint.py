@@ -89,7 +89,7 @@ class CheckpointTrainer(Trainer):
                     seal(Path(self._staging) / name, self.made_by)
                     shutil.rmtree(root / name, ignore_errors=True)
                     publish(Path(self._staging) / name, root / name)
-                    _prune(root, self.args.save_total_limit, self.state.best_model_checkpoint)
+                    _prune(root, self.args.save_total_limit, self.state.best_global_step)
             self._all_wrote(root / name)
         finally:
             self._staging = None
@@ -170,9 +170,9 @@ def _reason(error: Exception) -> object:
     return error.strerror if isinstance(error, OSError) else error
 
 
-def _prune(root: Path, keep: int | None, best: str | None) -> None:
-    """Keep the last checkpoints, and the best one where a held-out loss says which it is."""
+def _prune(root: Path, keep: int | None, best: int | None) -> None:
+    """Keep the last checkpoints, and that of the best step where a held-out loss says which."""
     steps = sorted(int(path.name.rsplit("-", 1)[1]) for path in root.glob("checkpoint-*"))
     for step in steps[: -(keep or len(steps))]:
-        if best is None or Path(best).name != f"checkpoint-{step}":
+        if step != best:
             shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)

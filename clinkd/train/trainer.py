@@ -1,17 +1,15 @@
-"""transformers' Trainer with the distillation loss, exact resumption."""
+"""One stage of training, exactly resumed."""
 
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
 from clinkd.config import DistillConfig, TrainConfig
@@ -22,14 +20,17 @@ from clinkd.data.records import Record
 from clinkd.data.teacher_cache import TeacherCache
 from clinkd.errors import Preempted, SetupError
 from clinkd.train.adapter import merged
-from clinkd.train.checkpoint import CheckpointTrainer, save_model, whole_state
+from clinkd.train.answer_trainer import AnswerTrainer
+from clinkd.train.checkpoint import save_model, whole_state
 from clinkd.train.job import Job
 from clinkd.train.loss import answer_forward
 from clinkd.train.manifest import latest_whole, require_same_run
-from clinkd.train.parallel import any_rank, deepspeed_config, from_first, is_first, world_size
-from clinkd.train.sampler import BucketSampler, Numbered
+from clinkd.train.parallel import deepspeed_config, from_first, is_first, world_size
+from clinkd.train.sampler import Numbered
 from clinkd.train.teachers import CachedRows, CachedTeacher, LiveTeacher, Teacher
 from clinkd.train.watch import Watch
+
+LETTERS_A_TOKEN = 4  # about, in English
 
 
 def train(
@@ -72,9 +73,9 @@ def train(
     held = set(job.held_out)
     places = [i for i in range(len(dataset)) if i not in held]
     learned: Any = Numbered(dataset, places)
-    lengths = [len(r.question) + len(r.answer) for r in (job.records[i] for i in places)]
+    lengths = [_length(encoded, job.records[place]) for place in places]
     if settings.packing:
-        lengths = [encoded.length(place) for place in places]
+        lengths = [encoded.length(job.records[place]) for place in places]
         learned = PackedRows(learned, pack_rows(lengths, settings.max_length, job.seed))
         lengths = [1] * len(learned)
     checkpoints = job.output / "checkpoints"
@@ -113,7 +114,9 @@ def train(
     done = int(last.name.rsplit("-", 1)[1]) if last else 0
     if is_first():
         job.log.forget(job.stage, after_step=done if last else -1)
-    trainer.watch, trainer.logged_step = callback, done
+    trainer.watch = callback
+    if last is not None:
+        trainer.take_up_row(last)
     whole_tower = job.strategy != "ddp"
     with callback.signals(), answer_forward(model, vocabulary, whole_tower=whole_tower):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -134,6 +137,12 @@ def train(
 
         wandb.finish()  # the next stage is a run of its own
     return callback.last_loss
+
+
+def _length(dataset: AnswerDataset, record: Record) -> int:
+    """About as many tokens as a record has, without a tokenizer."""
+    letters = sum(len(turn.value) for turn in record.conversations)
+    return letters // LETTERS_A_TOKEN + sum(dataset.image_tokens(record))
 
 
 def _arguments(
@@ -183,105 +192,6 @@ def _arguments(
         data_seed=job.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-
-
-class AnswerTrainer(CheckpointTrainer):
-    """Loss on answer tokens, divided once by their number over the whole optimiser step."""
-
-    def __init__(
-        self,
-        *args: Any,
-        records: Sequence[Record],
-        lengths: Sequence[int],
-        teacher: Teacher | None = None,
-        kd: DistillConfig | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        if (teacher is None) != (kd is None):
-            raise ValueError("teacher and kd go together: give both or neither")
-        # our loss divides by the step's token count itself; the Trainer must not divide again
-        self.model_accepts_loss_kwargs = True
-        self.records = records
-        self.lengths = lengths  # of the training set's items, by which like ones come together
-        self.kd = kd
-        self.teacher = teacher
-        self._parts: list[Tensor] = []  # (CE, KD) of each micro-batch since the last log line
-        self._places: list[Tensor] = []  # of the records in them
-        self.watch: Watch | None = None
-        self.logged_step = 0
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
-        return BucketSampler(self.lengths, self.args.train_batch_size, self.args.data_seed)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        if model.training and num_items_in_batch is None:
-            raise RuntimeError(
-                "the Trainer gave no token count of the optimiser step: this version of "
-                "transformers would divide the loss batch by batch"
-            )
-        places = inputs.pop("places")
-        told = None if self.teacher is None else self.teacher(inputs)
-        loss = model(**inputs, teacher=told, kd=self.kd, num_items=num_items_in_batch)
-        if not model.training:
-            alone: Tensor = loss.loss
-            return alone
-        self._parts.append(torch.stack([loss.ce.detach(), loss.kd.detach()]))
-        self._places.append(places)
-        # gradients are averaged over processes, while num_items counts the tokens of all of them
-        total: Tensor = loss.loss * self.accelerator.num_processes
-        return total
-
-    @torch.no_grad()
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
-    ) -> tuple[Tensor, None, None]:
-        """The held-out loss of a batch, by its own tokens; no logits exist to return."""
-        return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._parts and "loss" in logs:
-            steps = self.state.global_step - self.logged_step
-            parts = torch.stack(self._parts)
-            self._find_faulty(parts)
-            total = self.accelerator.reduce(parts.sum(dim=0), "sum")
-            ce, kd = (total / max(1, steps)).tolist()
-            self.logged_step = self.state.global_step
-            logs |= {"ce": ce} | ({"kd": kd} if self.kd is not None else {})
-            if self.watch is not None:
-                logs |= self.watch.measure(self.state)  # before any callback sends them on
-            self._parts.clear()
-            self._places.clear()
-        super().log(logs, start_time)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.require_finite()  # the checkpoints before it must not give way to such a one
-        super()._save_checkpoint(model, trial)
-
-    def require_finite(self) -> None:
-        """Raise on every rank where a weight of one is no number; all must ask."""
-        learned = (p for p in self.model.parameters() if p.requires_grad)
-        # of a weight that DeepSpeed has cut, this rank's share
-        sums = [getattr(p, "ds_tensor", p).detach().sum(dtype=torch.float32) for p in learned]
-        if not any_rank(not torch.stack(sums).isfinite().all()):
-            return
-        if self._parts:
-            self._find_faulty(torch.stack(self._parts))
-        if self.watch is not None:
-            raise self.watch.not_finite("a weight is not finite", self.state.global_step)
-
-    def _find_faulty(self, parts: Tensor) -> None:
-        """Tell the watch which records the first micro-batch without a finite loss held."""
-        finite = parts.isfinite().all(dim=1)
-        if self.watch is not None and not finite.all():
-            places = self._places[int(finite.int().argmin())].tolist()
-            self.watch.faulty = [self.records[place].id for place in places]
 
 
 def _require_logger(job: Job) -> None:

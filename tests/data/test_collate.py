@@ -6,7 +6,7 @@ import torch
 from clinkd.config import DemoModelConfig
 from clinkd.data.collate import IGNORE_INDEX, AnswerDataset, collate
 from clinkd.data.images import load_image
-from clinkd.data.prompt import encode_prompt, messages
+from clinkd.data.prompt import chat_messages, encode_prompt
 from clinkd.data.records import Turn, read_records
 from clinkd.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from clinkd.models.demo import build_model, build_processor
@@ -38,7 +38,7 @@ def test_the_prompt_is_the_one_of_answering(records, processor):
     dataset = AnswerDataset(records, SAMPLE_FOLDER, processor, 512)
     for index, record in enumerate(records[:4]):
         image = load_image(SAMPLE_FOLDER, record.images[0])
-        prompt = encode_prompt(processor, record.question, [image])
+        prompt = encode_prompt(processor, [record.question], [image])
         ids = prompt["input_ids"][0]
         assert torch.equal(dataset[index]["input_ids"][: len(ids)], ids)
         assert torch.equal(dataset[index]["pixel_values"], prompt["pixel_values"])
@@ -69,11 +69,11 @@ def test_padding_is_on_the_right_and_counts_for_nothing(records, processor):
 
 
 def test_where_images_stand():
-    assert messages("What?", 2)[0]["content"][:2] == [{"type": "image"}] * 2
-    content = messages("Is <image> like <image>?", 2)[0]["content"]
+    assert chat_messages(["What?"], 2)[0]["content"][:2] == [{"type": "image"}] * 2
+    content = chat_messages(["Is <image> like <image>?"], 2)[0]["content"]
     assert [part["type"] for part in content] == ["text", "image", "text", "image", "text"]
-    with pytest.raises(ValueError, match="has 1 <image> marks for 2 images"):
-        messages("<image> what?", 2)
+    with pytest.raises(ValueError, match="have 1 <image> marks for 2 images"):
+        chat_messages(["<image> what?"], 2)
 
 
 def test_tokenizer_round_trip_and_determinism(records):

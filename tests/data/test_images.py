@@ -25,7 +25,7 @@ def root(tmp_path):
 def test_load_and_size(root):
     image = load_image(root, "a.png")
     assert (image.mode, image.size) == ("RGB", (64, 48))
-    assert image_size(root, "sub/../a.png") == (64, 48)
+    assert image_size(root, "./a.png") == (64, 48)
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "sub/../../outside.png", "link.png", "ring/a"])

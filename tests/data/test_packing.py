@@ -63,7 +63,7 @@ def test_lengths_are_known_without_the_images(records, processor):
     blind = dataclasses.replace(with_question(records[3], "What is it?"), images=())
     dataset = AnswerDataset([*records, several, unsized, blind], SAMPLE_FOLDER, processor, 512)
     for index in range(len(dataset)):
-        assert dataset.length(index) == len(dataset[index]["input_ids"])
+        assert dataset.length(dataset.records[index]) == len(dataset[index]["input_ids"])
 
 
 @pytest.mark.parametrize("text", ["word " * 500, "ज़" * 400])

@@ -296,7 +296,7 @@ def test_sixteen_bits_of_grey_are_stretched_not_clipped(monkeypatch):
     """PIL's own way to RGB makes white of all above 255."""
     seen = []
 
-    def encode(processor, question, images):
+    def encode(processor, turns, images, system):
         seen.extend(images)
         raise ValueError("enough")
 

@@ -1,5 +1,6 @@
 """Predictions are written as they finish, in order, and a run that was killed goes on."""
 
+import copy
 import json
 import os
 import signal
@@ -8,22 +9,26 @@ import sys
 import textwrap
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2_5_VLProcessor
 from typer import Typer
 from typer.testing import CliRunner
 
 from clinkd.commands.ask import ask, draw_boxes
 from clinkd.config import DemoModelConfig
+from clinkd.data.formats_boxes import resized_size
 from clinkd.data.images import load_image
 from clinkd.data.prompt import encode_prompt
 from clinkd.data.records import Record, Turn, write_records
 from clinkd.errors import ConfigError, DataError
 from clinkd.generate import BeamSearcher, answer_records, join_parts, stream
 from clinkd.generate.journal import Journal
+from clinkd.generate.results import Candidate, Result
 from clinkd.models.demo import build_model, build_processor
 from clinkd.train.checkpoint import save_model
 
@@ -341,7 +346,7 @@ def test_stop_texts(demo, processor):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_of_a_request_is_not_read(demo, processor, side):
-    ids = encode_prompt(processor, "What is this?", [])["input_ids"][0]
+    ids = encode_prompt(processor, ["What is this?"], [])["input_ids"][0]
     pad = torch.zeros(4, dtype=ids.dtype)
     padded = torch.cat([pad, ids] if side == "left" else [ids, pad])
     mask = torch.cat([pad, ids * 0 + 1] if side == "left" else [ids * 0 + 1, pad])
@@ -414,3 +419,54 @@ def test_boxes_are_drawn_where_they_are():
     assert drawn.getpixel((0, 100)) != (0, 0, 0)
     assert drawn.getpixel((middle - 1, 100)) != (0, 0, 0)
     assert drawn.getpixel((middle + 20, 100)) == (0, 0, 0)
+
+
+def test_answers_come_back_with_boxes_as_records_have_them(tmp_path, processor, demo, monkeypatch):
+    """A model that writes JSON and pixels is asked, and answers, in its own form."""
+    records = make_records(tmp_path, 2)
+    asked = []
+
+    def generate(self, requests, progress=None):
+        asked.extend(requests)
+        width, height = resized_size(requests[0]["images"][0].size, 28, 3136, 12544)
+        text = f'{{"bbox_2d": [0, 0, {width}, {height // 2}], "label": "liver"}}'
+        return [Result(each["id"], [Candidate(text, [1], [-0.1], -0.1)]) for each in requests]
+
+    theirs = copy.copy(processor)
+    theirs.__class__ = Qwen2_5_VLProcessor
+    monkeypatch.setattr(BeamSearcher, "generate", generate)
+    question = Turn("human", "<image>\nWhat is in <|box_start|>(0,0),(500,1000)<|box_end|>?")
+    record = replace(records[0], conversations=(question, records[0].conversations[1]))
+    answer_records(demo, theirs, [record], tmp_path, tmp_path / "out.jsonl", beams=1, samples=1)
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    name = "<|object_ref_start|>liver<|object_ref_end|>"
+    assert row["response"] == f"{name}<|box_start|>(0,0),(1000,500)<|box_end|>"
+    assert row["question"] == "What is in <|box_start|>(0,0),(500,1000)<|box_end|>?"
+    assert asked[0]["question"].startswith('<image>\nWhat is in {"bbox_2d": [0, 0, ')
+    assert asked[0]["history"] == []
+
+
+def test_a_journal_does_not_outlive_an_edit_of_its_questions(
+    tmp_path, processor, demo, monkeypatch
+):
+    records = make_records(tmp_path, 6)
+    real, blocks = Journal.append, []
+
+    def stop_after_one(self, lines):
+        real(self, lines)
+        blocks.append(lines)
+        raise KeyboardInterrupt
+
+    def answer(records):
+        output = tmp_path / "out.jsonl"
+        arguments = {"beams": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 2}
+        answer_records(demo, processor, records, tmp_path, output, **arguments)
+        return [json.loads(line)["annotation"] for line in output.read_text().splitlines()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", stop_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            answer(records)
+    assert len(blocks) == 1
+    edited = [record.answered("Other.") for record in records]
+    assert answer(edited) == ["Other."] * 6

@@ -98,6 +98,19 @@ def test_checkpointing_and_adapters_save_what_they_say(small):
     assert found["optimiser"] < plain["optimiser"] / 50
 
 
+def test_four_bits_of_matrices_alone(large):
+    """7B: 7.2 billion weights of layers at half a byte; embedding and head in float32, and the
+    head again as autocast has it."""
+    adapter = AdapterConfig(kind="qlora")
+    size = model_size(large.config, False, adapter)
+    found = plan(size, "ddp", adapter=adapter.model_dump())
+    head = 152_064 * 3584
+    matrices = size.linear - head
+    rest = size.total - matrices
+    assert found["weights"] == pytest.approx(matrices / 2 + 4 * rest + 2 * head)
+    assert 8.5e9 < found["weights"] < 9.6e9
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["plan", *arguments])
 
@@ -119,6 +132,10 @@ def test_the_command(config):
     assert found["stages"]["distill"]["steps"]["1"] == 20  # 40 records by 4, twice
     assert found["stages"]["distill"]["steps"]["8"] == 4
     assert found["disk"]["teacher cache"] == found["correction"]["calls"] == 0
+    cut = json.loads(run(str(config), "parallel.strategy=zero2", "--json").stdout)
+    weights = found["disk"]["checkpoints"] // (3 * 12)  # float32 ones and Adam's two
+    # DeepSpeed's own beside them, twice in float32
+    assert cut["disk"]["checkpoints"] == 3 * 20 * weights
     text = run(str(config)).stdout
     assert "zero3" in text
     assert "the card it fits: 40 or 80 GB" in text

@@ -221,3 +221,19 @@ def test_missing_encoder_says_what_to_do(monkeypatch, tmp_path):
         make_similarity("minilm")
     with pytest.raises(SetupError, match="sentence-transformers is not installed"):
         SentenceSimilarity(tmp_path)
+
+
+def test_a_reply_that_cannot_be_learned_from():
+    """It gives way to the truth, as one that fails its checks does."""
+    asked = []
+
+    def why_unfit(record):
+        asked.append(record.answer)
+        return "too long"
+
+    found = correct_records(
+        [ROC], {"ct_2": "Spleen."}, corrector=Fixed(" Left femur. "), similarity=TokenF1(),
+        why_unfit=why_unfit,
+    )  # fmt: skip
+    assert asked == ["Left femur."]
+    assert (found[0].status, found[0].after, found[0].why) == ("truth", "Left femur.", "too long")

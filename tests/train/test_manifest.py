@@ -91,5 +91,5 @@ def test_another_way_of_training_is_refused(tmp_path, name, value):
 def test_the_last_and_the_best_are_kept(tmp_path, keep, best, left):
     for step in (8, 2, 6, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    _prune(tmp_path, keep, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    _prune(tmp_path, keep, best)
     assert {p.name for p in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in left}

@@ -1,6 +1,6 @@
 """Which answers are weak, and what becomes of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,6 +90,7 @@ def correct_records(
     iou_threshold: float = 0.5,
     policy: Policy = "truth",
     least_similarity: float = LEAST_SIMILARITY,
+    why_unfit: Callable[[Record], str | None] = lambda _: None,
     progress: Progress | None = None,
 ) -> list[Correction]:
     """Correct the weak answers among `answers` (record id → the student's text), in record order.
@@ -99,6 +100,7 @@ def correct_records(
         policy: what a record becomes where the corrector's reply fails its checks: its `truth`,
             what it was before (`keep`), or nothing (`skip`).
         least_similarity: of a reply with the truth, to be accepted.
+        why_unfit: why a record with its new answer cannot be learned from; None where it can.
 
     Raises:
         DataError: an answer to a record that is not there.
@@ -116,7 +118,7 @@ def correct_records(
     likeness = similarity([reply.text or "" for reply in replies], [case.truth for case in cases])
     judged = {"corrector": corrector.name, "judge": similarity.name, "threshold": threshold}
     return [
-        _correction(w, reply, _why(w, reply, alike, least_similarity), policy, judged)
+        _correction(w, reply, _why(w, reply, alike, least_similarity, why_unfit), policy, judged)
         for w, reply, alike in zip(weak, replies, likeness, strict=True)
     ]
 
@@ -140,10 +142,17 @@ def _find_weak(
     return weak
 
 
-def _why(weak: _Weak, reply: Reply, alike: float, least_similarity: float) -> str | None:
+def _why(
+    weak: _Weak,
+    reply: Reply,
+    alike: float,
+    least_similarity: float,
+    why_unfit: Callable[[Record], str | None],
+) -> str | None:
     if reply.text is None:
         return reply.why or "no reply"
-    return why_rejected(reply.text, weak.truth, alike, least_similarity)
+    why = why_rejected(reply.text, weak.truth, alike, least_similarity)
+    return why or why_unfit(weak.record.answered(reply.text.strip()))
 
 
 def _correction(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clinkd.data.files import write_jsonl
-from clinkd.data.records import Record, Turn
+from clinkd.data.records import Record
 from clinkd.errors import DataError
 
 PROVENANCE = "correction"  # key of a record's extra that says where its answer is from
@@ -75,9 +75,8 @@ def apply_corrections(records: Sequence[Record], corrections: Sequence[Correctio
         if correction is None:
             out.append(record)
         elif correction.status != "skipped":
-            turns = (*record.conversations[:-1], Turn("gpt", correction.after))
             extra = record.extra | {PROVENANCE: _origin(correction)}
-            out.append(replace(record, conversations=turns, extra=extra))
+            out.append(replace(record.answered(correction.after), extra=extra))
     return out
 
 
