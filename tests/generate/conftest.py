@@ -8,7 +8,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest_generate import make_model
+from conftest_generate import make_demo, make_model, make_processor, make_records
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +19,18 @@ def model():
 @pytest.fixture
 def picture():
     return Image.effect_noise((90, 70), 60).convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture(scope="session")
+def demo(processor):
+    return make_demo(processor)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tmp_path, make_records(tmp_path)

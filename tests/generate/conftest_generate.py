@@ -1,6 +1,9 @@
-"""A tiny Qwen2-VL with a tokenizer of its own, so that nothing is downloaded."""
+"""Tiny models, with and without a tokenizer of their own, records and a scorer for them."""
+
+import json
 
 import torch
+from PIL import Image
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -9,6 +12,10 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+
+from clinkd.config import DemoModelConfig
+from clinkd.data.records import Record, Turn
+from clinkd.models.demo import build_model, build_processor
 
 VOCABULARY, IMAGE_TOKEN = 120, 90
 
@@ -94,3 +101,59 @@ def make_request(generator, images=1, length=12):
     if images:
         request |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}
     return request
+
+
+QUESTIONS = ("Where is the liver?", "What is this?", "Describe the whole image, please.")
+
+
+def make_records(root, count=11):
+    generator = torch.Generator().manual_seed(0)
+    records = []
+    for index in range(count):
+        pixels = torch.randint(0, 255, (40 + 8 * index, 60, 3), generator=generator)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / f"{index}.png")
+        turns = (
+            Turn("human", f"<image>\n{QUESTIONS[index % 3]}"),
+            Turn("gpt", f"The liver. <|box_start|>({index},2),(30,40)<|box_end|>"),
+        )
+        boxes = ((index, 2, 30, 40),)
+        records.append(Record(f"r{index}", (f"{index}.png",), "ct", "VG", "g", turns, boxes))
+    return records
+
+
+def make_processor():
+    texts = [*QUESTIONS, "The liver. <|box_start|>(1,2),(30,40)<|box_end|>"] * 3
+    return build_processor(texts, 400, 3136, 12544)
+
+
+def make_demo(processor):
+    size = DemoModelConfig(layers=2, width=64, vision_layers=1, vision_width=32, vocabulary=400)
+    model = build_model(processor, size, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model
+
+
+class ColourScorer:
+    """Stands in for CLIP: the share of a letter; NaN or an error where asked."""
+
+    class backend:
+        model = torch.nn.Linear(1, 1)
+
+    def __init__(self, nan_on=None):
+        self.nan_on = nan_on
+
+    def parts(self, text):
+        return [text]
+
+    def score(self, image, texts):
+        value = float("nan") if image.size == self.nan_on else 0.25
+        return [value + 0.01 * len(text) for text in texts]
+
+
+SETTINGS = dict(beams=2, samples=2, max_new_tokens=5, batch_size=2)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

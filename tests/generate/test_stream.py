@@ -1,106 +1,28 @@
-"""Predictions are written as they finish, in order, and a run that was killed goes on."""
+"""Predictions are written as they finish, in order, with every candidate."""
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest_generate import (
+    SETTINGS,
+    ColourScorer,
+    make_demo,
+    make_records,
+    rows_of,
+)
 from PIL import Image
 from transformers import Qwen2_5_VLProcessor
-from typer import Typer
-from typer.testing import CliRunner
 
-from clinkd.commands.ask import ask, draw_boxes
-from clinkd.config import DemoModelConfig
 from clinkd.data.formats_boxes import resized_size
 from clinkd.data.images import load_image
 from clinkd.data.prompt import encode_prompt
-from clinkd.data.records import Record, Turn, write_records
-from clinkd.errors import ConfigError, DataError
+from clinkd.data.records import Record, Turn
 from clinkd.generate import BeamSearcher, answer_records, join_parts, stream
-from clinkd.generate.journal import Journal
 from clinkd.generate.results import Candidate, Result
-from clinkd.models.demo import build_model, build_processor
-from clinkd.train.checkpoint import save_model
-
-QUESTIONS = ("Where is the liver?", "What is this?", "Describe the whole image, please.")
-
-
-def make_records(root, count=11):
-    generator = torch.Generator().manual_seed(0)
-    records = []
-    for index in range(count):
-        pixels = torch.randint(0, 255, (40 + 8 * index, 60, 3), generator=generator)
-        Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / f"{index}.png")
-        turns = (
-            Turn("human", f"<image>\n{QUESTIONS[index % 3]}"),
-            Turn("gpt", f"The liver. <|box_start|>({index},2),(30,40)<|box_end|>"),
-        )
-        boxes = ((index, 2, 30, 40),)
-        records.append(Record(f"r{index}", (f"{index}.png",), "ct", "VG", "g", turns, boxes))
-    return records
-
-
-def make_processor():
-    texts = [*QUESTIONS, "The liver. <|box_start|>(1,2),(30,40)<|box_end|>"] * 3
-    return build_processor(texts, 400, 3136, 12544)
-
-
-def make_demo(processor):
-    size = DemoModelConfig(layers=2, width=64, vision_layers=1, vision_width=32, vocabulary=400)
-    model = build_model(processor, size, seed=0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
-    return model
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor()
-
-
-@pytest.fixture(scope="module")
-def demo(processor):
-    return make_demo(processor)
-
-
-@pytest.fixture
-def data(tmp_path):
-    return tmp_path, make_records(tmp_path)
-
-
-class ColourScorer:
-    """Stands in for CLIP: the share of a letter; NaN or an error where asked."""
-
-    class backend:
-        model = torch.nn.Linear(1, 1)
-
-    def __init__(self, nan_on=None):
-        self.nan_on = nan_on
-
-    def parts(self, text):
-        return [text]
-
-    def score(self, image, texts):
-        value = float("nan") if image.size == self.nan_on else 0.25
-        return [value + 0.01 * len(text) for text in texts]
-
-
-SETTINGS = dict(beams=2, samples=2, max_new_tokens=5, batch_size=2)
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -232,102 +154,6 @@ def test_questions_without_an_image_are_chosen_by_beam(demo, processor, tmp_path
     assert row["image"] == []
 
 
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("tail", [b"", b'{"id": "r8", "tru', b"\xff\xfe{"])
-def test_an_interrupted_run_gives_the_same_bytes(demo, processor, data, tail):
-    root, records = data
-    answer_records(demo, processor, records, root, root / "whole.jsonl", **SETTINGS)
-
-    asked = []
-
-    def stop(done, total, name):
-        if done >= 9:
-            raise Killed
-        asked.append(done)
-
-    with pytest.raises(Killed):
-        answer_records(
-            demo, processor, records, root, root / "cut.jsonl", **SETTINGS, progress=stop
-        )
-    assert not (root / "cut.jsonl").exists()
-    with open(root / ".cut.jsonl.journal", "ab") as file:
-        file.write(tail)
-    again = []
-    answer_records(
-        demo, processor, records, root, root / "cut.jsonl", **SETTINGS,
-        progress=lambda done, *_: again.append(done),
-    )  # fmt: skip
-    assert min(again) == 8  # the first block of 4 × 2 was not asked again
-    assert (root / "cut.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes()
-
-
-def test_a_journal_of_another_model_is_not_taken_up(demo, processor, data):
-    root, records = data
-
-    def stop(done, *_):
-        if done >= 9:
-            raise Killed
-
-    other = make_demo(processor)
-    with torch.no_grad():
-        other.lm_head.weight.add_(0.5 * torch.randn_like(other.lm_head.weight))
-    with pytest.raises(Killed):
-        answer_records(other, processor, records, root, root / "a.jsonl", **SETTINGS, progress=stop)
-    answer_records(demo, processor, records, root, root / "a.jsonl", **SETTINGS)
-    answer_records(demo, processor, records, root, root / "b.jsonl", **SETTINGS)
-    assert (root / "a.jsonl").read_bytes() == (root / "b.jsonl").read_bytes()
-
-
-@pytest.mark.slow
-def test_kill_nine_in_mid_run_loses_only_what_was_in_flight(data):
-    root, records = data
-    write_records(root / "records.jsonl", records)
-    program = textwrap.dedent(
-        f"""
-        import sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import torch
-        torch.set_num_threads(1)
-        from test_stream import SETTINGS, answer_records, make_demo, make_processor
-        from clinkd.data.records import read_records
-        processor = make_processor()
-        records = read_records({str(root / "records.jsonl")!r})
-        answer_records(make_demo(processor), processor, records, {str(root)!r}, sys.argv[1],
-            **SETTINGS, progress=lambda *_: time.sleep(0.15))
-        """
-    )
-
-    def start(name):
-        return subprocess.Popen([sys.executable, "-c", program, str(root / name)])
-
-    assert start("whole.jsonl").wait(timeout=120) == 0
-    victim = start("cut.jsonl")
-    journal = root / ".cut.jsonl.journal"
-    for _ in range(600):
-        if journal.exists() and journal.read_bytes().count(b"\n") > 8:
-            break
-        time.sleep(0.1)
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.wait()
-    assert journal.exists()
-    assert not (root / "cut.jsonl").exists()
-    assert start("cut.jsonl").wait(timeout=120) == 0
-    assert (root / "cut.jsonl").read_bytes() == (root / "whole.jsonl").read_bytes()
-
-
-def test_journal_keeps_whole_blocks_only(tmp_path):
-    lines = [json.dumps({"id": name}) + "\n" for name in "abcde"]
-    for written, kept in ((0, 0), (1, 0), (2, 2), (3, 2), (4, 4), (5, 5)):
-        journal = Journal(tmp_path / "x", "head\n", "abcde", block=2)
-        journal.append("".join(lines[:written]))
-        assert Journal(tmp_path / "x", "head\n", "abcde", block=2).done == kept
-        assert Journal(tmp_path / "x", "head\n", "abXde", block=2).done == min(kept, 2)
-        assert Journal(tmp_path / "x", "other\n", "abcde", block=2).done == 0
-
-
 def test_stop_texts(demo, processor):
     request = {"id": "x", "question": "What is this?"}
     settings = dict(num_beams=1, num_samples=1, max_new_tokens=12, stop_ids=[])
@@ -356,71 +182,6 @@ def test_padding_of_a_request_is_not_read(demo, processor, side):
     assert plain.candidates == other.candidates
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, demo, processor):
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder, demo, processor)
-    return folder
-
-
-def invoke(*arguments):
-    app = Typer()
-    app.command()(ask)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def test_ask_prints_answer_and_boxes(model_folder, data, monkeypatch):
-    root, _ = data
-    text = "The liver. <|box_start|>(100,200),(300,400)<|box_end|>"
-    monkeypatch.setattr("clinkd.generate.beam._decode", lambda *_: text)
-    drawn = root / "drawn.png"
-    done = invoke(
-        root / "1.png", "Where is the liver?", "--model", model_folder, "--show", drawn,
-        "--max-new-tokens", 4,
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines() == [text, "box: 100, 200, 300, 400", f"drawn: {drawn}"]
-    with Image.open(drawn) as image:
-        assert min(image.size) >= 256
-
-
-def test_ask_lists_every_candidate(model_folder, data):
-    root, _ = data
-    done = invoke(
-        root / "1.png", "What?", "--model", model_folder, "--all", "--beams", 2,
-        "--max-new-tokens", 4,
-    )  # fmt: skip
-    assert done.stdout.count("score -") == 2
-    assert sum(line.startswith("* ") for line in done.stdout.splitlines()) == 1
-
-
-def test_ask_refuses(model_folder, data):
-    root, _ = data
-    for arguments, error, message in (
-        ((root / "none.png", "?", "--model", model_folder), DataError, "does not exist"),
-        ((root / "1.png", "?", "--model", root), ConfigError, "cannot be loaded"),
-        (
-            (root / "1.png", "?", "--model", model_folder, "--show", "a.jpg"),
-            ConfigError,
-            "must name a .png file",
-        ),
-    ):
-        done = invoke(*arguments)
-        assert isinstance(done.exception, error)
-        assert message in str(done.exception)
-
-
-def test_boxes_are_drawn_where_they_are():
-    image = Image.new("RGB", (100, 50))
-    drawn = draw_boxes(image, [(0, 0, 500, 1000)])
-    assert image.getpixel((0, 0)) == (0, 0, 0)
-    assert drawn.size == (500, 250)
-    middle = drawn.width // 2
-    assert drawn.getpixel((0, 100)) != (0, 0, 0)
-    assert drawn.getpixel((middle - 1, 100)) != (0, 0, 0)
-    assert drawn.getpixel((middle + 20, 100)) == (0, 0, 0)
-
-
 def test_answers_come_back_with_boxes_as_records_have_them(tmp_path, processor, demo, monkeypatch):
     """A model that writes JSON and pixels is asked, and answers, in its own form."""
     records = make_records(tmp_path, 2)
@@ -444,29 +205,3 @@ def test_answers_come_back_with_boxes_as_records_have_them(tmp_path, processor, 
     assert row["question"] == "What is in <|box_start|>(0,0),(500,1000)<|box_end|>?"
     assert asked[0]["question"].startswith('<image>\nWhat is in {"bbox_2d": [0, 0, ')
     assert asked[0]["history"] == []
-
-
-def test_a_journal_does_not_outlive_an_edit_of_its_questions(
-    tmp_path, processor, demo, monkeypatch
-):
-    records = make_records(tmp_path, 6)
-    real, blocks = Journal.append, []
-
-    def stop_after_one(self, lines):
-        real(self, lines)
-        blocks.append(lines)
-        raise KeyboardInterrupt
-
-    def answer(records):
-        output = tmp_path / "out.jsonl"
-        arguments = {"beams": 1, "samples": 1, "batch_size": 1, "max_new_tokens": 2}
-        answer_records(demo, processor, records, tmp_path, output, **arguments)
-        return [json.loads(line)["annotation"] for line in output.read_text().splitlines()]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", stop_after_one)
-        with pytest.raises(KeyboardInterrupt):
-            answer(records)
-    assert len(blocks) == 1
-    edited = [record.answered("Other.") for record in records]
-    assert answer(edited) == ["Other."] * 6
