@@ -150,7 +150,13 @@ def evaluate(
         str, typer.Option("--meteor", help="jar, python or auto: the jar where Java is")
     ] = "auto",
     spice: Annotated[bool, typer.Option("--spice", help="SPICE's jar for RC")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave malformed lines out")] = False,
+    boxes: Annotated[
+        str | None,
+        typer.Option("--boxes", help="form of the answers' boxes: qwen2, box, qwen2.5 or qwen3"),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="leave malformed lines and missing records out")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     update: Update = False,
 ) -> None:
@@ -177,6 +183,7 @@ def evaluate(
         task=task,
         meteor=meteor,
         spice=spice,
+        boxes=boxes,
         skip_bad=skip_bad,
         as_json=as_json,
     )

@@ -84,6 +84,9 @@ def compare(
     tables = [models_by_task(models, published=published)]
     tables += [tasks_by_modality(model) for model in models.values()]
     typer.echo("\n\n".join(render(table, form) for table in tables))
+    for name, model in models.items():
+        for note in model.get("notes", []):
+            typer.echo(f"\n{name}: {note}")
     for name, tasks in pairs.items():
         _show_pair(first, name, tasks)
 
@@ -96,12 +99,16 @@ def _predictions(run: Path) -> Path:
 
 
 def _show_pair(first: str, second: str, tasks: dict[str, Any]) -> None:
+    from clinkd.evaluate.tables import ONE_GROUP
+
     typer.echo(f"\n{second} against {first}:")
     for task, pair in tasks.items():
         sure = ""
-        if "ci95" in pair:
+        if pair.get("ci95"):
             low, high = pair["ci95"]
-            sure = f", 95 % [{low:+.2f}, {high:+.2f}], p {pair['p']:.3f}"
+            sure = f", 95 % [{low:+.2f}, {high:+.2f}], p {pair['p']:.3g}"
+        elif "ci95" in pair:
+            sure = f", {ONE_GROUP}"
         typer.echo(f"{task} {pair['metric']}: {pair['difference']:+.2f} (n {pair['n']}{sure})")
         for row in pair["most_different"][:3]:
             typer.echo(
@@ -120,8 +127,13 @@ def evaluate_file(
     spice: bool,
     skip_bad: bool,
     as_json: bool,
+    boxes: str | None = None,
 ) -> None:
-    """Score a prediction file and print the table."""
+    """Score a prediction file and print the table.
+
+    Args:
+        boxes: convention of the boxes in the answers; see `read_predictions`.
+    """
     from clinkd.data.records import read_records
     from clinkd.evaluate import protocols
     from clinkd.evaluate.predictions import read_predictions
@@ -134,19 +146,26 @@ def evaluate_file(
         reference=read_records(reference) if reference else None,
         task=task,
         skip_bad=skip_bad,
+        boxes=boxes,
     )
     metric = meteor_metric(meteor)
     model = score_model(found.rows, rules, label=predictions.name, meteor=metric, spice=spice)
     bad = [{"line": number, "why": why} for number, why in found.bad]
     if as_json:
-        typer.echo(json.dumps({"protocol": protocol, "bad_lines": bad, **model}, indent=2))
+        left_out = {"bad_lines": bad, "missing": found.missing}
+        typer.echo(json.dumps({"protocol": protocol, **left_out, **model}, indent=2))
         return
-    _show(model, protocol, bad, protocols.DIFFERENCES)
+    _show(model, protocol, bad, found.missing, protocols.DIFFERENCES)
 
 
 def _show(
-    model: dict[str, Any], protocol: str, bad: list[dict[str, Any]], notes: tuple[str, ...]
+    model: dict[str, Any],
+    protocol: str,
+    bad: list[dict[str, Any]],
+    missing: list[str],
+    notes: tuple[str, ...],
 ) -> None:
+    from clinkd.evaluate.tables import ONE_GROUP
     from clinkd.progress import Console
 
     console = Console()
@@ -156,7 +175,8 @@ def _show(
             f"{name} {part['score']:.1f} (n {part['n']})"
             for name, part in result["modalities"].items()
         )
-        console.print(f"{task}: {parts}")
+        alone = f"; {ONE_GROUP}" if "ci95" in result and result["ci95"] is None else ""
+        console.print(f"{task}: {parts}{alone}")
         for name, value in result.get("extras", {}).items():
             console.print(f"    {name} {value:.1f}")
     console.print("")
@@ -164,10 +184,16 @@ def _show(
     for note in notes:
         if protocol in note:
             console.print(f"- {note}")
+    for note in model.get("notes", []):
+        console.print(f"warning: {note}")
     if bad:
         console.print(f"{len(bad)} malformed lines left out:")
         for row in bad[:20]:
             console.print(f"    line {row['line']}: {row['why']}")
+    if missing:
+        console.print(f"{len(missing)} records without a usable line, left out:")
+        for name in missing[:20]:
+            console.print(f"    {name}")
 
 
 def is_config(path: Path) -> bool:

@@ -8,6 +8,8 @@ import typer
 
 from clinkd.errors import ConfigError
 
+REPLIES = "judge-replies.jsonl"
+
 
 def llava_med(
     questions: Annotated[Path, typer.Argument(help="llava_med_eval_qa50_qa.jsonl")],
@@ -27,8 +29,13 @@ def llava_med(
         bool, typer.Option("--both-orders", help="judge: ask again with the answers exchanged")
     ] = False,
     cache: Annotated[
-        Path, typer.Option("--cache", help="judge: replies that are paid for once")
-    ] = Path("judge-replies.jsonl"),
+        Path | None,
+        typer.Option(
+            "--cache",
+            help="judge: replies that are paid for once; default: cache of the YAML, else "
+            f"{REPLIES}",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Score answers to LLaVA-Med-qa0.2k: BLEU, METEOR, ROUGE-L, or a judge's grades relative to the
@@ -48,7 +55,7 @@ def llava_med(
         from clinkd.pipeline.judge import Judge, judge_scores
 
         settings = _settings(judge)
-        cache = Path(settings.cache) if settings.cache else cache
+        cache = cache or Path(settings.cache or REPLIES)
         result = judge_scores(
             asked,
             said,

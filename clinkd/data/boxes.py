@@ -10,7 +10,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2: integers 0…1000 relative to the image
 Convention = Literal["qwen2", "box", "qwen2.5", "qwen3"]
@@ -47,6 +47,15 @@ _CUT_OFF = re.compile(
 _MARKUP = re.compile(
     r"</?(?:box|ref|img|quad)>|<\|?(?:box|quad)_(?:start|end)\|?>|<\|object_ref_(?:start|end)\|>"
 )
+
+
+class StatedBox(NamedTuple):
+    """A box as a text has it: where, in which form, its corners exactly as written."""
+
+    start: int
+    end: int
+    form: str
+    corners: tuple[float, float, float, float]
 
 
 def format_boxes(
@@ -121,36 +130,39 @@ def parse_boxes(
             max(x1, x2) * scale_x,
             max(y1, y2) * scale_y,
         )
-        for x1, y1, x2, y2 in _written(text, names)
+        for *_, (x1, y1, x2, y2) in stated_boxes(text, names)
     ]
 
 
 def find_boxes(text: str) -> list[tuple[float, float, float, float]]:
     """The boxes of a text exactly as written, corners not put in order; 0…1000 is assumed."""
-    return _written(text, _ALL)
+    return [box.corners for box in stated_boxes(text)]
 
 
-def _written(text: str, forms: Sequence[str]) -> list[tuple[float, float, float, float]]:
-    """The boxes of some forms in the text's order; of two that overlap, the one that starts first.
+def stated_boxes(text: str, forms: Sequence[str] = _ALL) -> list[StatedBox]:
+    """Every box of a text, in the text's order; of two that overlap, the one that starts first.
 
     A marked form holds a bare pair, and is found first; then its place holds no other.
+
+    Args:
+        forms: keys of `PATTERNS`.
     """
-    found: list[tuple[int, int, tuple[str, ...]]] = []
-
-    def take(match: re.Match[str]) -> str:
-        found.append((*match.span(), match.groups()))
-        return "\0" * len(match[0])
-
+    found: list[StatedBox] = []
     for form in forms:
+
+        def take(match: re.Match[str], form: str = form) -> str:
+            x1, y1, x2, y2 = map(float, match.groups())
+            found.append(StatedBox(*match.span(), form, (x1, y1, x2, y2)))
+            return "\0" * len(match[0])
+
         if _SIGNS[form] in text:  # seldom, and ten times as fast to see as by the pattern
             text = PATTERNS[form].sub(take, text)
     if len(forms) > 1 and len(found) > 1:
         found.sort()
-    out, end = [], 0
-    for start, stop, (a, b, c, d) in found:
-        if start >= end:
-            out.append((float(a), float(b), float(c), float(d)))
-            end = stop
+    out: list[StatedBox] = []
+    for box in found:
+        if not out or box.start >= out[-1].end:
+            out.append(box)
     return out
 
 

@@ -93,15 +93,19 @@ def _sides(text: str) -> frozenset[str]:
 def confidence(row: Row) -> float | None:
     """What the model thought of the chosen answer: the geometric mean of its tokens' probabilities.
 
-    None where the line does not say: no candidates (as in BiRD's files), or an error.
+    None where the line does not say: no candidates (as in BiRD's files), or none that is whole; and
+    where there is an error, since the empty answer is then none of the candidates.
     """
-    candidates, index = row.get("candidates") or [], row.get("selected") or 0
+    candidates, index = row.get("candidates"), row.get("selected") or 0
+    if row.get("error") or not isinstance(candidates, list):
+        return None
     if not isinstance(index, int) or not 0 <= index < len(candidates):
         return None
-    mean = candidates[index].get("mean_log_prob")
+    chosen = candidates[index]
+    mean = chosen.get("mean_log_prob") if isinstance(chosen, Mapping) else None
     if isinstance(mean, bool) or not isinstance(mean, int | float) or not math.isfinite(mean):
         return None
-    return min(1.0, math.exp(mean))
+    return math.exp(min(0.0, mean))
 
 
 def calibration(confidences: Sequence[float], right: Sequence[bool]) -> dict[str, Any]:

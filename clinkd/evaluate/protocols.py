@@ -1,6 +1,7 @@
 """The published protocols, faults included, and a strict one beside them."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,9 @@ DIFFERENCES = (
     "whole numbers without spaces; a box whose corners are reversed hits nothing. The script knows "
     "<box> alone in the true answer and skips the record otherwise; here Qwen2-VL's "
     "<|box_start|>…<|box_end|> is first rewritten to it, in both texts. strict: boxes in every "
-    "convention, corners put in order, and the record's own boxes where the true answer has none.",
+    "form that the text has, all read as thousandths of the image (Qwen2.5-VL's are pixels: "
+    "--boxes qwen2.5), corners put in order, and the record's own boxes where the true answer has "
+    "none.",
     "bird and clinkd: mBMR is the mean of six numbers, BLEU-1…4, METEOR and ROUGE-L. BiRD's own "
     "formula is not published; this is the one of ClinKD's script. The script rounds each to six "
     "digits first, which the two digits shown here do not see.",
@@ -102,14 +105,57 @@ def grounding(rows: Sequence[Row], rules: Protocol) -> Measure:
     """VG: share of the true boxes that a predicted box hits."""
     counts = np.zeros((len(rows), 2))
     for i, row in enumerate(rows):
-        if rules.published:
-            targets = published_boxes(row["annotation"], bare=False)
-            found = published_boxes(row["response"], bare=True)
-        else:
-            targets = true_boxes(row)
-            found = list(parse_boxes(row["response"]))
+        targets = targets_of(row, rules)
+        found: Sequence[Any] = (
+            published_boxes(row["response"], bare=True)
+            if rules.published
+            else parse_boxes(row["response"])
+        )
         counts[i] = _hits(found, targets, rules), len(targets)
     return Measure("Recall@0.5", Statistics(counts, _share))
+
+
+def targets_of(row: Row, rules: Protocol) -> Sequence[Any]:
+    """The boxes that an answer has to hit."""
+    if rules.published:
+        return published_boxes(row["annotation"], bare=False)
+    return true_boxes(row)
+
+
+def countable(task: str, rows: Sequence[Row], rules: Protocol) -> list[Row]:
+    """The rows that a task's score is made of: for VG those whose truth holds a box."""
+    return [row for row in rows if task != "VG" or targets_of(row, rules)]
+
+
+def uncounted(
+    rows: Sequence[Row], counted: Mapping[str, Sequence[Row]], rules: Protocol
+) -> list[str]:
+    """Plain sentences on rows that enter no score by this protocol; none where all do.
+
+    Args:
+        counted: task → what `countable` left of its rows.
+    """
+    out = []
+    without = sum(row["task"] == "VG" for row in rows) - len(counted.get("VG", ()))
+    if without:
+        out.append(
+            f"{without} VG record{'s'[: without > 1]} without a true box that protocol "
+            f"{rules.name} reads: not counted."
+        )
+    if rules.average == "eight":
+        names = Counter(
+            str(row["modality"])
+            for mine in counted.values()
+            for row in mine
+            if row["modality"] not in EIGHT
+        )
+        if names:
+            shown = ", ".join(f"{name} ({n})" for name, n in sorted(names.items()))
+            out.append(
+                f"Protocol {rules.name} counts the modalities {', '.join(EIGHT)} only; the records "
+                f"of these enter no score: {shown}."
+            )
+    return out
 
 
 _QWEN2 = re.compile(r"<\|?box_start\|?>(.*?)<\|?box_end\|?>")
@@ -118,13 +164,18 @@ _BARE = re.compile(r"\(\d+,\d+\),\(\d+,\d+\)")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
+def in_one_form(text: str) -> str:
+    """The text with what Qwen2-VL marks as a box marked as the published script knows it."""
+    return _QWEN2.sub(r"<box>\1</box>", text)
+
+
 def published_boxes(text: str, *, bare: bool) -> list[tuple[float, ...]]:
     """Boxes as the published script finds them; one it cannot read is kept, and hits nothing.
 
     Args:
         bare: where no box is marked, take `(x1,y1),(x2,y2)`, as the script does for answers.
     """
-    found = _MARKED.findall(_QWEN2.sub(r"<box>\1</box>", text))
+    found = _MARKED.findall(in_one_form(text))
     if not found and bare:
         found = _BARE.findall(text)
     numbers = [tuple(float(n) for n in _NUMBER.findall(box)) for box in found]

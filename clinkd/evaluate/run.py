@@ -11,15 +11,9 @@ from clinkd.errors import ConfigError
 from clinkd.evaluate.baselines import mean_box_rows, most_frequent_rows
 from clinkd.evaluate.protocols import DIFFERENCES, protocol
 from clinkd.evaluate.score import score_model
+from clinkd.evaluate.selected import best_rows, labels, with_candidate
 from clinkd.evaluate.text.scene_graph import variant
 
-LABELS = {
-    "base": "Base (before training)",
-    "teacher": "Teacher",
-    "distilled": "Distilled student",
-    "corrected": "Corrected student",
-    "sasg": "Corrected student + SASG",
-}
 BASELINES = {"mean_box": "Mean box (no image)", "most_frequent": "Most frequent answer (no image)"}
 
 
@@ -33,10 +27,13 @@ def evaluate_run(
     spice: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
+    rounds: int = 1,
+    selection: str = "clip",
 ) -> dict[str, Any]:
     """Score the predictions of a run folder and write its metrics.json.
 
     Args:
+        rounds, selection: `correct.rounds` and `generate.selection` of the run, for the labels.
         meteor: `jar`, `python`, or `auto`: the jar where Java and pycocoevalcap are there.
         spice: RC by SPICE's jar in place of scene-graph F1.
 
@@ -59,13 +56,15 @@ def evaluate_run(
         )
 
     final = list(read_jsonl(run_dir / "predictions.jsonl"))
+    named = labels(rounds, selection)
     models = {
-        name: scored(list(read_jsonl(run_dir / "predictions" / f"{name}.jsonl")), LABELS[name])
+        name: scored(list(read_jsonl(run_dir / "predictions" / f"{name}.jsonl")), named[name])
         for name in ("base", "teacher", "distilled")
     }
-    models["corrected"] = scored([_with(row, 0) for row in final], LABELS["corrected"])
-    models["sasg"] = scored(final, LABELS["sasg"])
-    oracle = scored([_with(row, _oracle(row)) for row in final], "Best candidate (oracle)")
+    models["corrected"] = scored([with_candidate(row, 0) for row in final], named["corrected"])
+    models["sasg"] = scored(final, named["sasg"])
+    best = best_rows(final, rules, meteor=metric, spice=spice)
+    oracle = scored(best, "Best candidate (oracle)")
     baselines = {
         "mean_box": scored(mean_box_rows(train_records, test_records), BASELINES["mean_box"]),
         "most_frequent": scored(
@@ -78,12 +77,14 @@ def evaluate_run(
             "meteor": metric,
             "scene_graph": variant(),
             "bootstrap": bootstrap,
+            "correction_rounds": rounds,
+            "selection": selection,
             "differences": list(DIFFERENCES),
         },
         "models": models,
         "baselines": baselines,
         "selection": _selection(models, oracle),
-        "verdicts": verdicts(models, baselines, oracle),
+        "verdicts": verdicts(models, baselines, oracle, selection),
     }
     write_json(run_dir / "metrics.json", metrics)
     return metrics
@@ -100,45 +101,46 @@ def meteor_metric(choice: str) -> str:
     return "meteor" if choice == "jar" else "meteor_py"
 
 
-def _with(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The row as if candidate `index` were the answer."""
-    candidates = row["candidates"]
-    text = candidates[index]["text"] if candidates else ""
-    return {**row, "response": text, "selected": index}
-
-
-def _oracle(row: Mapping[str, Any]) -> int:
-    """The candidate closest to the truth; the first of equals."""
-    from clinkd.generate.select import truth_quality
-
-    quality = truth_quality(row["task"], row["annotation"])
-    values = [quality(candidate["text"]) for candidate in row["candidates"]]
-    return values.index(max(values)) if values else 0
-
-
 def _selection(models: Mapping[str, Any], oracle: Mapping[str, Any]) -> dict[str, Any]:
     """Per task: first beam, chosen, oracle."""
     return {
         task: {
             "first_beam": models["corrected"]["tasks"][task]["score"],
             "chosen": models["sasg"]["tasks"][task]["score"],
-            "oracle": oracle["tasks"][task]["score"],
+            "oracle": _bound(models, oracle, task),
         }
         for task in models["sasg"]["tasks"]
     }
 
 
+def _bound(models: Mapping[str, Any], oracle: Mapping[str, Any], task: str) -> float:
+    """Of the best candidates; one by one they need not be best together where BLEU counts."""
+    scores = (
+        model["tasks"][task]["score"] for model in (oracle, models["corrected"], models["sasg"])
+    )
+    return float(max(scores))
+
+
 def verdicts(
-    models: Mapping[str, Any], baselines: Mapping[str, Any], oracle: Mapping[str, Any]
+    models: Mapping[str, Any],
+    baselines: Mapping[str, Any],
+    oracle: Mapping[str, Any],
+    selection: str = "clip",
 ) -> list[str]:
     """Plain sentences: where the final model is better than what, and where it is not."""
     final, base = models["sasg"]["tasks"], models["base"]["tasks"]
+    out = list(models["sasg"].get("notes", ()))
+    if selection == "oracle":
+        out.append(
+            "The final answers were chosen by the truth (generate.selection: oracle): their score "
+            "is a bound for analysis, not a result."
+        )
     behind = [t for t in final if final[t]["score"] <= base[t]["score"]]
-    out = [
+    out.append(
         "The final model beats its own base on every task."
         if not behind
         else f"The final model does not beat its own base on {', '.join(behind)}."
-    ]
+    )
     for baseline in baselines.values():
         for task, result in baseline["tasks"].items():
             if task in final and final[task]["score"] <= result["score"]:
@@ -151,7 +153,7 @@ def verdicts(
         for task in final
     )
     gaps = ", ".join(
-        f"{task} {oracle['tasks'][task]['score'] - final[task]['score']:.1f}" for task in final
+        f"{task} {_bound(models, oracle, task) - final[task]['score']:.1f}" for task in final
     )
     out.append(f"Selection over the first beam: {gains}; left to the best candidate: {gaps}.")
     return out

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from clinkd.data.records import TASKS
 from clinkd.evaluate.extras import calibration, confidence, grounding_extras, laterality_extras
-from clinkd.evaluate.protocols import EIGHT, Protocol, Row, measure
+from clinkd.evaluate.protocols import EIGHT, Protocol, Row, countable, measure, uncounted
 from clinkd.evaluate.text.ngram import Array, Statistics
 
 RIGHT_OR_WRONG = ("VG", "ROC")  # tasks of which an answer is right or wrong, not better or worse
@@ -27,20 +27,26 @@ def score_model(
 ) -> dict[str, Any]:
     """Every task's score in percent, with its modalities and a 95 % interval.
 
-    Intervals come from resampling groups (volumes, patients), whose records are not independent.
+    Intervals come from resampling groups (volumes, patients), whose records are not independent;
+    of a single group `ci95` is None. `notes`, if there are any, say which records enter no score.
     """
     rows = sorted(rows, key=lambda row: str(row["id"]))  # numbers do not depend on line order
-    tasks = {}
-    for task in TASKS:
-        mine = [row for row in rows if row["task"] == task]
-        if mine:
-            tasks[task] = _score_task(task, mine, rules, meteor, spice, bootstrap, seed)
+    by_task = {task: [row for row in rows if row["task"] == task] for task in TASKS}
+    counted = {task: countable(task, mine, rules) for task, mine in by_task.items()}
+    tasks = {
+        task: _score_task(task, mine, rules, meteor, spice, bootstrap, seed)
+        for task, mine in counted.items()
+        if mine
+    }
     scores = [task["score"] for task in tasks.values()]
-    return {
+    out = {
         "label": label,
         "tasks": tasks,
         "average": _percent(float(np.mean(scores)) / 100) if scores else 0.0,
     }
+    if notes := uncounted(rows, counted, rules):
+        out["notes"] = notes
+    return out
 
 
 def _score_task(
@@ -67,9 +73,14 @@ def _score_task(
             for name in np.unique(modalities)
         },
     }
-    if bootstrap:
-        groups = np.array([str(row.get("group") or row["id"]) for row in rows])
-        out["ci95"] = _interval(found.statistics, modalities, groups, rules, bootstrap, seed)
+    groups = groups_of(rows)
+    out["groups"] = len(np.unique(groups))
+    if bootstrap:  # of one group every resample is the same, and the width would be 0
+        out["ci95"] = (
+            _interval(found.statistics, modalities, groups, rules, bootstrap, seed)
+            if out["groups"] > 1
+            else None
+        )
     extras = grounding_extras(rows) if task == "VG" else {}
     extras |= laterality_extras(rows)
     if task in RIGHT_OR_WRONG:
@@ -80,6 +91,11 @@ def _score_task(
     if extras:
         out["extras"] = {name: round(v, 2) for name, v in extras.items()}
     return out
+
+
+def groups_of(rows: Sequence[Row]) -> NDArray[Any]:
+    """The group of each row, a volume or patient; a row that names none is one of its own."""
+    return np.array([str(row.get("group") or row["id"]) for row in rows])
 
 
 def _calibration(rows: Sequence[Row], statistics: Statistics) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from clinkd.errors import ConfigError
 from clinkd.evaluate.published import TABLE_1, TABLE_2
 
 FORMATS = ("markdown", "latex", "csv", "json")
+ONE_GROUP = "one group: no interval"
 Cell = str | float | None
 
 
@@ -25,7 +26,8 @@ class Table:
 
 
 def models_by_task(models: Mapping[str, Mapping[str, Any]], *, published: bool = False) -> Table:
-    """Table 1: models × tasks, and their mean; intervals in brackets where they were computed.
+    """Table 1: models × tasks, and their mean; intervals in brackets where they were computed, and
+    why there is none where the records are all of one group.
 
     Args:
         published: the paper's rows below, a dash where a figure could not be read.
@@ -93,6 +95,8 @@ def _scored(result: Mapping[str, Any] | None) -> Cell:
     if result.get("ci95"):
         low, high = result["ci95"]
         return f"{result['score']:.2f} [{low:.2f}, {high:.2f}]"
+    if "ci95" in result:
+        return f"{result['score']:.2f} [{ONE_GROUP}]"
     return float(result["score"])
 
 
@@ -127,7 +131,13 @@ def render(table: Table, form: str) -> str:
 def _text(cell: Cell) -> str:
     if cell is None:
         return "–"
-    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+    return plain(cell) if isinstance(cell, float) else str(cell)
+
+
+def plain(value: float) -> str:
+    """Two decimals; three where the number has them, as the paper's 60.845."""
+    short = f"{value:.2f}"
+    return short if abs(value - float(short)) < 1e-9 else f"{value:.3f}"
 
 
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}

@@ -149,7 +149,8 @@ class _Transformers:
             self.processor: Any = AutoProcessor.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"scorer {str(folder)!r} cannot be loaded: {error}") from error
-        if not hasattr(model, "get_image_features"):
+        # Qwen2-VL has the first alone
+        if not all(hasattr(model, name) for name in ("get_image_features", "get_text_features")):
             raise ConfigError(
                 f"scorer {str(folder)!r}: {type(model).__name__} is no CLIP or SigLIP"
             )

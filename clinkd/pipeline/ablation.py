@@ -16,6 +16,7 @@ from clinkd.config import RunConfig
 from clinkd.data.files import sha256_file, write_json, write_text
 from clinkd.data.records import TASKS
 from clinkd.errors import ConfigError
+from clinkd.evaluate.selected import part_label
 from clinkd.evaluate.tables import ablation_table, render
 from clinkd.pipeline.folder import OWNED, STAGES, RunFolder, fingerprints
 from clinkd.pipeline.paths import records_file
@@ -31,14 +32,6 @@ CELLS: dict[str, tuple[str, ...]] = {
     "sasg": ("generate",),
     "all": ("positions", "distill", "correct", "generate"),
 }
-LABELS = {
-    "base": "Base: fine-tuned, M-RoPE",
-    "mcg-rope": "+ MCG-RoPE",
-    "kd": "+ KD",
-    "correction": "+ correction",
-    "sasg": "+ SASG",
-    "all": "All four",
-}
 # what each part is when it is off
 _OFF: dict[str, dict[str, Any]] = {
     "positions": {"preset": "mrope"},
@@ -46,6 +39,19 @@ _OFF: dict[str, dict[str, Any]] = {
     "correct": {"rounds": 0},
     "generate": {"selection": "beam"},
 }
+
+
+def cell_labels(selection: str = "clip") -> dict[str, str]:
+    """Names of the cells; `selection` is that of the cells whose answers are chosen."""
+    chosen = part_label(selection)
+    return {
+        "base": "Base: fine-tuned, M-RoPE",
+        "mcg-rope": "+ MCG-RoPE",
+        "kd": "+ KD",
+        "correction": "+ correction",
+        "sasg": f"+ {chosen}",
+        "all": "All four" if chosen == "SASG" else f"All four, with {chosen}",
+    }
 
 
 def cell_config(config: RunConfig, cell: str, seed: int, output: Path) -> RunConfig:
@@ -81,10 +87,12 @@ def ablate(
     What is done is skipped, so that a run that was cut off goes on where it was.
 
     Raises:
-        ConfigError: see `cell_config`; or no seed, or one twice.
+        ConfigError: see `cell_config`; or no seed, one twice, or one below 0.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds must be different numbers, at least one; got {list(seeds)}")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ConfigError(
+            f"seeds must be different numbers from 0 on, at least one; got {list(seeds)}"
+        )
     inputs = {
         split: sha256_file(records_file(getattr(config.data, split), split))
         for split in ("train", "test")
@@ -94,9 +102,10 @@ def ablate(
         (seed, cell): cell_config(config, cell, seed, output / f"seed-{seed}" / cell)
         for seed, cell in grid
     }
+    labels = cell_labels(config.generate.selection)
     scores: dict[str, dict[int, Any]] = {cell: {} for cell in CELLS}
     for number, (seed, cell) in enumerate(grid, start=1):
-        console.print(f"cell {number} of {len(grid)}: {LABELS[cell]}, seed {seed}")
+        console.print(f"cell {number} of {len(grid)}: {labels[cell]}, seed {seed}")
         mine = runs[seed, cell]
         marks = fingerprints(mine, inputs)
         earlier = [runs[seed, name] for name in CELLS if name != cell]
@@ -106,7 +115,7 @@ def ablate(
         done = run(mine, console, last="evaluate", update=True)
         metrics = json.loads((done.path / "metrics.json").read_text(encoding="utf-8"))
         scores[cell][seed] = metrics["models"]["sasg"]  # the run's last answers
-    result = summarise(scores)
+    result = summarise(scores, config.generate.selection)
     write_json(output / "ablation.json", result)
     write_text(output / "ablation.md", render(ablation_table(result), "markdown") + "\n")
     return result
@@ -163,22 +172,39 @@ _LOGGED = {"prepare": "clip", "teacher": "teacher", "distill": "distill", "corre
 
 
 def _share_log(source: Path, target: Path, stage: str) -> None:
-    """Take a stage's lines of the training log along."""
+    """Take a stage's lines of the training log along, in place of those that are there already.
+
+    A kill before the stage was noted leaves them there, and this is done again.
+    """
     mark = _LOGGED.get(stage)
     if mark is None or not source.exists():
         return
-    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
-    mine = [line for line in lines if str(json.loads(line)["stage"]).startswith(mark)]
-    kept = target.read_text(encoding="utf-8") if target.exists() else ""
-    write_text(target, kept + "".join(mine))
+    mine = [line for stage, line in _log_lines(source) if stage.startswith(mark)]
+    kept = [line for stage, line in _log_lines(target) if not stage.startswith(mark)]
+    write_text(target, "".join([*kept, *mine]))
 
 
-def summarise(scores: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
+def _log_lines(path: Path) -> list[tuple[str, str]]:
+    """Stage and line of what a training log holds; a line that a kill cut in half is left out."""
+    if not path.exists():
+        return []
+    out = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            out.append((str(json.loads(line)["stage"]), line + "\n"))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return out
+
+
+def summarise(scores: Mapping[str, Mapping[int, Any]], selection: str = "clip") -> dict[str, Any]:
     """Mean and standard deviation (of a sample, n - 1) of each cell over its seeds, in percent.
 
     Args:
         scores: cell → seed → a model of metrics.json.
+        selection: `generate.selection` of the cell `all`.
     """
+    labels = cell_labels(selection)
     cells: dict[str, Any] = {}
     for cell, by_seed in scores.items():
         models = list(by_seed.values())
@@ -186,7 +212,7 @@ def summarise(scores: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
         values = {task: [float(m["tasks"][task]["score"]) for m in models] for task in tasks}
         values["Average"] = [float(model["average"]) for model in models]
         cells[cell] = {
-            "label": LABELS[cell],
+            "label": labels[cell],
             "metrics": {task: models[0]["tasks"][task]["metric"] for task in tasks},
             "seeds": sorted(by_seed),
             "scores": {

@@ -33,7 +33,13 @@ OWNED = {
     "pseudo-label": ("pseudo", "teacher-cache"),
     "distill": ("student/distilled",),
     "correct": ("correction", "student/round-*"),
-    "generate": ("predictions.jsonl", "predictions", "data/test.jsonl"),
+    # with the journals that a killed process left, or a changed split would be mixed into them
+    "generate": (
+        "predictions.jsonl",
+        ".predictions.jsonl.journal*",
+        "predictions",
+        "data/test.jsonl",
+    ),
     "evaluate": ("metrics.json",),
     "report": ("report.html",),
 }

@@ -147,12 +147,13 @@ def read_grades(text: str) -> Grades:
     try:
         value = json.loads(text[start : end + 1])
         grades = value["first"], value["second"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):  # 100,000 brackets
         raise ValueError(f"not the JSON asked for: {text!r:.80}") from None
     for grade in grades:
         number = not isinstance(grade, bool) and isinstance(grade, int | float)
         if not number or not 1 <= grade <= 10:
-            raise ValueError(f"a grade must be a number from 1 to 10, got {grade!r:.40}")
+            shown = repr(grade) if number else f"a {type(grade).__name__}"  # maybe 900 lists deep
+            raise ValueError(f"a grade must be a number from 1 to 10, got {shown:.40}")
     return float(grades[0]), float(grades[1])
 
 

@@ -271,6 +271,8 @@ def evaluate_answers(folder: RunFolder, progress: Update) -> str:
         spice=settings.spice,
         bootstrap=settings.bootstrap,
         seed=folder.config.seed,
+        rounds=folder.config.correct.rounds,
+        selection=folder.config.generate.selection,
     )
     scores = {name: model["average"] for name, model in metrics["models"].items()}
     return ", ".join(f"{name} {score:.1f}" for name, score in scores.items())

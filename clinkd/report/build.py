@@ -12,9 +12,13 @@ from markupsafe import Markup
 from pydantic import ValidationError
 
 from clinkd.data.files import write_text
+from clinkd.evaluate.tables import plain
 from clinkd.report import corrections, gallery, scores, selection
 from clinkd.report.paper import paper_tables
-from clinkd.report.read import Run, read_run
+from clinkd.report.read import Row, Run, read_run
+
+MOST_BYTES = 6_000_000  # of the page
+_SPARE = 16_384  # of them, for what is said in place of the pictures that were left out
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -55,9 +59,9 @@ def _data_root(run: Run) -> Path | None:
 
 
 def render(run: Run, data_root: Path | None) -> str:
-    """The page as HTML; the same run gives the same text."""
+    """The page as HTML, under `MOST_BYTES`; the same run gives the same text."""
     chosen = gallery.choose(run.predictions)
-    names = [name for row, _ in chosen for name in gallery.image_names(row)]
+    names = [name for row, _ in chosen for name in gallery.shown_images(row)]
     for rows in run.corrections.values():
         for row in corrections.examples(rows):
             names += gallery.image_names(row)[:1]
@@ -66,11 +70,24 @@ def render(run: Run, data_root: Path | None) -> str:
         run.notices.append(
             f"{len(pictures.missing)} picture{'s'[: len(pictures.missing) > 1]} could not be read."
         )
+    page = _page(run, chosen, pictures)
+    if (over := len(page.encode()) - MOST_BYTES) > 0:
+        pictures.save(over + _SPARE)
+    if pictures.left_out:
+        run.notices.append(
+            f"{len(pictures.left_out)} picture{'s'[: len(pictures.left_out) > 1]} left out, or the "
+            f"page would have more than {MOST_BYTES / 1e6:.0f} MB."
+        )
+        page = _page(run, chosen, pictures)
+    return page
+
+
+def _page(run: Run, chosen: list[tuple[Row, Row]], pictures: gallery.Pictures) -> str:
     cards = gallery.cards(chosen, pictures)
     found = scores.results(run.metrics)
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    return (
+    page = (
         _environment()
         .get_template("report.html.j2")
         .render(
@@ -95,6 +112,8 @@ def render(run: Run, data_root: Path | None) -> str:
             difference=scores.difference,
         )
     )
+    # half a surrogate pair, which JSON may hold, cannot be written as UTF-8
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def content_policy(style: str, script: str) -> str:
@@ -119,6 +138,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"score": _score, "signed": _signed, "whole": _whole, "kind": _kind}
+    environment.filters["plain"] = plain
     return environment
 
 

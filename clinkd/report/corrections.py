@@ -7,7 +7,7 @@ from clinkd.report.charts import stacked
 from clinkd.report.gallery import Pictures, image_names, in_turn
 from clinkd.report.read import Row
 from clinkd.report.scores import number
-from clinkd.report.text import changes, pieces
+from clinkd.report.text import MOST_CHARACTERS, changes, cut, label, pieces
 
 STATUSES = {
     "accepted": "corrected text passed its checks",
@@ -54,16 +54,16 @@ def _example(row: Row, pictures: Pictures) -> Row:
     before, after = str(row.get("before") or ""), str(row.get("after") or "")
     names = image_names(row)
     return {
-        "id": str(row.get("id") or ""),
-        "task": str(row.get("task") or ""),
-        "status": str(row.get("status") or "unknown"),
+        "id": label(row.get("id")),
+        "task": label(row.get("task")),
+        "status": label(row.get("status"), "unknown"),
         "question": pieces(str(row.get("question") or "")),
         "before": pieces(before),
         "after": changes(before, after) if after else [],
         "truth": pieces(str(row.get("truth") or "")),
         "similarity": number(row.get("similarity")),
         "iou": number(row.get("iou")),
-        "reason": str(row.get("reason") or ""),
-        "why": str(row.get("why") or ""),
+        "reason": "".join(cut(str(row.get("reason") or ""), MOST_CHARACTERS)),
+        "why": "".join(cut(str(row.get("why") or ""), MOST_CHARACTERS)),
         "image": pictures.get(names[0]) | {"name": names[0]} if names else None,
     }

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count, zip_longest
 from pathlib import Path
@@ -14,15 +15,19 @@ from clinkd.data.images import load_image
 from clinkd.data.records import TASKS
 from clinkd.errors import DataError
 from clinkd.report.judge import as_boxes, judge
-from clinkd.report.read import Row
+from clinkd.report.read import Row, candidates_of
 from clinkd.report.scores import number
 from clinkd.report.selection import first_beam
-from clinkd.report.text import pieces
+from clinkd.report.text import cut, label, pieces
 
 T = TypeVar("T")
 
 CARDS_PER_TASK = 12
 MOST_PICTURE_BYTES = 4 << 20  # of all pictures together, as text; the page stays under 6 MB
+MOST_IMAGES = 4  # of a card
+MOST_CANDIDATES = 16  # as many as the search has
+MOST_IN_CANDIDATE = 800  # characters
+MOST_BOXES = 20  # drawn of one text
 _ENCODINGS = ((384, 82), (288, 74), (200, 64), (128, 55))  # longest side in pixels, JPEG quality
 _VERDICTS = ("right", "wrong", "partly")
 
@@ -30,15 +35,19 @@ _VERDICTS = ("right", "wrong", "partly")
 class Pictures:
     """Small JPEG copies of images as data URIs, each image read once.
 
+    Made smaller until all of them fit; where the smallest do not, the last ones are left out.
+
     Args:
         root: the data root; None where it is unknown: every picture is then missing.
-        names: all images that will be asked for, so that they can share the space.
+        names: all images that will be asked for, as often as they will be, in the page's order.
     """
 
     def __init__(self, root: Path | None, names: Sequence[str]) -> None:
         self.missing: dict[str, str] = {}
+        self.left_out: list[str] = []
+        self._uses = Counter(names)
         originals: dict[str, Image.Image] = {}
-        for name in dict.fromkeys(names):
+        for name in self._uses:
             if root is None:
                 self.missing[name] = "the folder of the images is not known"
                 continue
@@ -52,11 +61,25 @@ class Pictures:
         self._pictures: dict[str, Row] = {}
         for side, quality in _ENCODINGS:
             self._pictures = {n: _encode(i, side, quality) for n, i in originals.items()}
-            if sum(len(p["uri"]) for p in self._pictures.values()) <= MOST_PICTURE_BYTES:
+            if self._bytes() <= MOST_PICTURE_BYTES:
                 break
+        self.save(self._bytes() - MOST_PICTURE_BYTES)
+
+    def _bytes(self) -> int:
+        """Of all pictures as often as they stand in the page."""
+        return sum(len(p["uri"]) * self._uses[name] for name, p in self._pictures.items())
+
+    def save(self, count: int) -> None:
+        """Leave out as many pictures as it takes to save so many bytes, the last ones first."""
+        while count > 0 and self._pictures:
+            name, picture = self._pictures.popitem()
+            count -= len(picture["uri"]) * self._uses[name]
+            self.left_out.append(name)
 
     def get(self, name: str) -> Row:
         """`uri`, `width`, `height`, or `missing`: why there is no picture."""
+        if name in self.left_out:
+            return {"uri": None, "missing": "left out, or the page would be too large"}
         picture = self._pictures.get(name)
         return picture or {"uri": None, "missing": self.missing.get(name, "not read")}
 
@@ -129,6 +152,11 @@ def image_names(row: Row) -> list[str]:
     return [name for name in names if isinstance(name, str) and name]
 
 
+def shown_images(row: Row) -> list[str]:
+    """Those of a line that its card shows."""
+    return image_names(row)[:MOST_IMAGES]
+
+
 def cards(chosen: Sequence[tuple[Row, Row]], pictures: Pictures) -> list[Row]:
     """What the template draws, one entry a question."""
     return [_card(index, row, judged, pictures) for index, (row, judged) in enumerate(chosen)]
@@ -138,30 +166,33 @@ def _card(index: int, row: Row, judged: Row, pictures: Pictures) -> Row:
     task = str(row.get("task"))
     true = as_boxes(row.get("boxes"))
     truth = str(row.get("annotation") or "")
-    candidates = [c for c in row.get("candidates") or [] if isinstance(c, dict)]
+    candidates = candidates_of(row)
     selected = row.get("selected")
     first = first_beam(candidates) if candidates else None
     shown = [
         _candidate(position, candidate, task, truth, true, position == selected, position == first)
-        for position, candidate in enumerate(candidates)
+        for position, candidate in enumerate(candidates[:MOST_CANDIDATES])
     ]
-    names = image_names(row)
-    predicted = parse_boxes(str(row.get("response") or ""))
+    names = shown_images(row)
+    predicted = parse_boxes(str(row.get("response") or ""))[:MOST_BOXES]
+    error = row.get("error")
     return {
         "number": index,
-        "id": str(row.get("id") or ""),
+        "id": label(row.get("id")),
         "task": task,
-        "modality": str(row.get("modality") or "unknown"),
+        "modality": label(row.get("modality"), "unknown"),
         "question": pieces(str(row.get("question") or "")),
         "truth": pieces(truth),
         "response": pieces(str(row.get("response") or "")),
-        "error": row.get("error"),
+        "error": "".join(cut(str(error), MOST_IN_CANDIDATE)) if error else None,
         "images": [{"name": name} | pictures.get(name) for name in names],
-        "true_boxes": [rectangle(box) for box in true],
+        "more_images": len(image_names(row)) - len(names),
+        "true_boxes": [rectangle(box) for box in true[:MOST_BOXES]],
         "predicted_boxes": [rectangle(box) for box in predicted],
         "candidates": shown,
-        "selection": str(row.get("selection") or ""),
-        "changed": first is not None and isinstance(selected, int) and selected != first,
+        "more_candidates": len(candidates) - len(shown),
+        "selection": label(row.get("selection")),
+        "changed": first is not None and type(selected) is int and selected != first,
         **judged,
     }
 
@@ -179,8 +210,8 @@ def _candidate(
     result = judge(task, text, truth, true)
     return {
         "position": position,
-        "text": pieces(text),
-        "boxes": [rectangle(box) for box in parse_boxes(text)],
+        "text": pieces(text, MOST_IN_CANDIDATE),
+        "boxes": [rectangle(box) for box in parse_boxes(text)[:MOST_BOXES]],
         "score": number(candidate.get("score")),
         "clip": number(candidate.get("clip")),
         "verdict": result.verdict,

@@ -6,11 +6,11 @@ eye: grounding by IoU, words by token F1 (harmonic mean of precision and recall 
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clinkd.data.boxes import iou, parse_boxes, strip_boxes
+from clinkd.report.scores import number
 
 RIGHT_IOU = 0.5  # Recall@0.5, as in the table
 RIGHT_F1 = 0.8
@@ -72,7 +72,5 @@ def as_boxes(value: Any) -> Boxes:
     return [
         (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
         for box in value
-        if isinstance(box, Sequence)
-        and len(box) == 4
-        and all(isinstance(c, int | float) and not isinstance(c, bool) for c in box)
+        if isinstance(box, list) and len(box) == 4 and all(number(c) is not None for c in box)
     ]

@@ -133,5 +133,12 @@ def _lines(run: Run, name: str) -> list[Row]:
     return rows
 
 
+def candidates_of(row: Row) -> list[Row]:
+    """The candidates of a prediction; none where the line does not hold a list of objects."""
+    found = row.get("candidates")
+    whole = isinstance(found, list) and all(isinstance(each, dict) for each in found)
+    return list(found) if whole and found else []
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -23,7 +23,10 @@ def number(value: Any) -> float | None:
     """A finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number of 400 digits
+        return None
 
 
 def results(metrics: Row) -> Row | None:
@@ -86,6 +89,7 @@ def _result(result: Row) -> Row:
         "score": number(result.get("score")),
         "n": number(result.get("n")),
         "ci95": bounds if len(bounds) == 2 and None not in bounds else None,
+        "alone": "ci95" in result and interval is None,  # one group, which has no interval
         "modalities": {
             str(m): {"score": number(r.get("score")), "n": number(r.get("n"))}
             for m, r in object_(result.get("modalities")).items()
@@ -120,6 +124,7 @@ def task_tiles(found: Row) -> list[Row]:
                 "score": score,
                 "n": own.get("n"),
                 "ci95": own.get("ci95"),
+                "alone": own.get("alone", False),
                 "gain": difference(score, marks["base"]),
                 "marks": marks,
                 "baseline": baseline,

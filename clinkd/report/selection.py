@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from clinkd.data.records import TASKS
 from clinkd.report import charts
 from clinkd.report.judge import RIGHT_IOU, as_boxes, judge
-from clinkd.report.read import Row
+from clinkd.report.read import Row, candidates_of
 from clinkd.report.scores import models, number, object_
 
 _SELECTION_KEYS = ("first_beam", "chosen", "oracle")
@@ -55,9 +55,8 @@ def _counted_selection(predictions: Sequence[Row]) -> dict[str, Row]:
     """By task: number of answered questions, % not the first beam, the three scores."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
     for row in predictions:
-        candidates = [c for c in row.get("candidates") or [] if isinstance(c, dict)]
-        chosen = row.get("selected")
-        if row.get("error") or not isinstance(chosen, int) or not 0 <= chosen < len(candidates):
+        candidates, chosen = candidates_of(row), row.get("selected")
+        if row.get("error") or type(chosen) is not int or not 0 <= chosen < len(candidates):
             continue
         task, boxes = str(row.get("task")), as_boxes(row.get("boxes"))
         truth = str(row.get("annotation") or "")

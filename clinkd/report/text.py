@@ -10,10 +10,34 @@ _BOX = re.compile(
 )
 _MARKS = re.compile(r"<\|(?:object_ref|box|quad)_(?:start|end)\|>|</?(?:ref|box|quad)>")
 Piece = tuple[str, str]  # kind, text
+MOST_CHARACTERS = 1600  # of a text on the page: no answer is longer that was not let run on
+MOST_IN_LABEL = 80  # of a name: an id, a modality
 
 
-def pieces(text: str) -> list[Piece]:
-    """Cut a text into ("text", …) and ("box", "x1, y1 – x2, y2") pieces."""
+def cut(text: str, most: int) -> tuple[str, str]:
+    """The beginning of a text, and how much is left out in words; "" where nothing is."""
+    left_out = len(text) - most
+    if left_out <= 0:
+        return text, ""
+    return text[:most], f" … {left_out:,} more characters".replace(",", " ")
+
+
+def label(value: object, default: str = "") -> str:
+    """A short name as it is, a long one cut; `default` for none."""
+    text, more = cut(str(value or default), MOST_IN_LABEL)
+    return f"{text}…" if more else text
+
+
+def pieces(text: str, most: int = MOST_CHARACTERS) -> list[Piece]:
+    """Cut the first `most` characters into ("text", …) and ("box", "x1, y1 – x2, y2") pieces."""
+    text, more = cut(text, most)
+    out = _pieces(text)
+    if more:
+        out.append(("text", more))
+    return out
+
+
+def _pieces(text: str) -> list[Piece]:
     out: list[Piece] = []
     at = 0
     for match in _BOX.finditer(text):
@@ -34,7 +58,11 @@ def _add(out: list[Piece], text: str) -> None:
 
 
 def changes(before: str, after: str) -> list[Piece]:
-    """The words of `after`, each ("same" | "new", …), with ("old", …) where words went."""
+    """The words of `after`, each ("same" | "new", …), with ("old", …) where words went.
+
+    Only the beginning of long texts is compared, whose time would grow with the square.
+    """
+    (before, _), (after, more) = cut(before, MOST_CHARACTERS), cut(after, MOST_CHARACTERS)
     old, new = _words(before), _words(after)
     out: list[Piece] = []
     matcher = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
@@ -46,12 +74,14 @@ def changes(before: str, after: str) -> list[Piece]:
             out.append(("old", " ".join(old[i1:i2])))
         if j2 > j1:
             out.append(("new", " ".join(new[j1:j2])))
+    if more:
+        out.append(("same", more.strip()))
     return out
 
 
 def _words(text: str) -> list[str]:
     """Words, a box counting as one."""
     out: list[str] = []
-    for kind, piece in pieces(text):
+    for kind, piece in _pieces(text):
         out += [f"[{piece}]"] if kind == "box" else piece.split()
     return out

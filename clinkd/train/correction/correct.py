@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from clinkd.data.boxes import iou, parse_boxes
+from clinkd.data.boxes import iou, parse_boxes, stated_boxes
 from clinkd.data.records import Record
 from clinkd.errors import DataError
-from clinkd.train.correction.facts import sides, stated_boxes
+from clinkd.train.correction.facts import sides
 from clinkd.train.correction.similarity import Similarity
 from clinkd.train.correction.verify import LEAST_SIMILARITY, why_rejected
 from clinkd.train.correction.versions import Correction, Status, true_answer, write_round

@@ -8,9 +8,8 @@ compared.
 import re
 import unicodedata
 from itertools import pairwise
-from typing import NamedTuple
 
-from clinkd.data.boxes import PATTERNS, strip_boxes
+from clinkd.data.boxes import stated_boxes, strip_boxes
 
 SIDES = frozenset({"left", "right"})
 # words of which a text cannot say one where another is true
@@ -42,30 +41,6 @@ _COUNT_WORDS = "two three four five six seven eight nine ten eleven twelve"  # "
 _NUMBER_WORDS = {word: str(value) for value, word in enumerate(_COUNT_WORDS.split(), start=2)}
 _WORD = re.compile(r"[^\W\d_]+(?:['’]t)?")
 MARKUP = re.compile(r"<\|[^<>|]{0,40}\|>|</?[a-zA-Z_]{1,20}/?>")
-
-
-class StatedBox(NamedTuple):
-    """A box as a text has it: where, in which convention, its corners exactly as written."""
-
-    start: int
-    end: int
-    convention: str
-    corners: tuple[float, float, float, float]
-
-
-def stated_boxes(text: str) -> list[StatedBox]:
-    """Every box of a text in every convention, in the text's order.
-
-    `parse_boxes` stops at the first convention that it meets; here a bare pair of points beside a
-    marked box is found as well.
-    """
-    found = []
-    for convention in ("qwen2", "box", "json", "plain"):
-        for match in PATTERNS[convention].finditer(text):
-            x1, y1, x2, y2 = (float(number) for number in match.groups())
-            found.append(StatedBox(match.start(), match.end(), convention, (x1, y1, x2, y2)))
-        text = PATTERNS[convention].sub(lambda match: "\0" * len(match[0]), text)
-    return sorted(found)
 
 
 def without_boxes(text: str, mark: str = " ") -> str:

@@ -66,7 +66,7 @@ def why_rejected(
 
 
 def _boxes(text: str) -> list[tuple[str, tuple[float, ...]]]:
-    return [(box.convention, box.corners) for box in stated_boxes(text)]
+    return [(box.form, box.corners) for box in stated_boxes(text)]
 
 
 def _invisible(text: str) -> set[str]:

@@ -9,7 +9,8 @@ import json
 import re
 from typing import Any, Literal
 
-from clinkd.train.correction.facts import MARKUP, stated_boxes, without_boxes
+from clinkd.data.boxes import stated_boxes
+from clinkd.train.correction.facts import MARKUP, without_boxes
 from clinkd.train.correctors import Case, Reply
 
 VERSION = "1"  # part of the key of cached replies; raised with every change of wording

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from clinkd.train.correction.facts import MARKUP, contradiction, stated_boxes, without_boxes
+from clinkd.data.boxes import stated_boxes
+from clinkd.train.correction.facts import MARKUP, contradiction, without_boxes
 from clinkd.train.correctors import Case, Progress, Reply
 
 _SLOT = "\0"  # stands for a box, or several in a row, while sentences are compared
