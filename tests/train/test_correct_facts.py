@@ -2,11 +2,11 @@
 
 import pytest
 
+from clinkd.data.boxes import stated_boxes
 from clinkd.train.correction.facts import (
     contradiction,
     numbers,
     sides,
-    stated_boxes,
     without_boxes,
 )
 from clinkd.train.correction.verify import why_rejected
@@ -19,7 +19,7 @@ TRUTH = f"The left femur is located at {BOX}."
 def test_boxes_of_every_convention_are_found_in_order():
     text = f'a (1,2),(3,4) b {BOX} c <box>(5,6),(7,8)</box> d {{"bbox_2d": [9, 10, 11, 12]}}'
     found = stated_boxes(text)
-    assert [b.convention for b in found] == ["plain", "qwen2", "box", "json"]
+    assert [b.form for b in found] == ["plain", "qwen2", "box", "json"]
     assert found[1].corners == (10, 20, 300, 400)
     assert text[found[0].start : found[0].end] == "(1,2),(3,4)"
     assert without_boxes(text, "#") == "a # b # c # d #"

@@ -104,8 +104,8 @@ TEXTS = st.lists(WORDS, max_size=14).map(" ".join)
 @given(answer=TEXTS, truth=TEXTS)
 def test_never_says_what_the_truth_does_not(answer, truth):
     result = rewrite(answer, truth)
-    boxes = [(b.convention, b.corners) for b in stated_boxes(result)]
-    assert boxes == [(b.convention, b.corners) for b in stated_boxes(truth)]
+    boxes = [(b.form, b.corners) for b in stated_boxes(result)]
+    assert boxes == [(b.form, b.corners) for b in stated_boxes(truth)]
     assert numbers(result) <= numbers(truth)
     assert contradiction(result, truth) is None
     # a name may have become the first word of a sentence

@@ -3,13 +3,12 @@
 import re
 import unicodedata
 
-from clinkd.data.boxes import strip_boxes
+from clinkd.data.boxes import stated_boxes, strip_boxes
 from clinkd.train.correction.facts import (
     MARKUP,
     contradiction,
     numbers,
     plain,
-    stated_boxes,
     without_boxes,
 )
 
