@@ -25,7 +25,8 @@ PATTERNS: dict[str, re.Pattern[str]] = {
     # atomic: of the boxes between the same braces, maybe thousands, only the first is tried
     "json": re.compile(
         r'\{(?>[^{}]*?"bbox_2d"\s*:\s*\['
-        rf"\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\])[^{{}}]*+\}}"
+        rf"\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\])"
+        r'(?:"(?:[^"\\]|\\.){0,400}+"|[^{}"])*+\}'
     ),
     "plain": re.compile(_PAIRS),
 }

@@ -6,10 +6,11 @@ Here a text goes to a model, and its answer comes back: everything else sees the
 from collections.abc import Sequence
 from typing import Any
 
-from clinkd.data.boxes import Convention
+from clinkd.data.boxes import PATTERNS, Convention, strip_boxes
 from clinkd.data.formats_boxes import Size, convert_boxes, resized_size
 
 _FAMILIES: dict[str, Convention] = {"Qwen2_5_VLProcessor": "qwen2.5", "Qwen3VLProcessor": "qwen3"}
+NO_SIZE = (1000, 1000)  # of a text without boxes
 
 
 def convention_of(processor: Any) -> Convention:
@@ -28,15 +29,18 @@ def to_model(text: str, processor: Any, sizes: Sequence[Size]) -> str:
             outside the image.
     """
     convention = convention_of(processor)
-    if convention == "qwen2" or "_start|>" not in text:
+    if convention == "qwen2" or not ("box_start" in text or "object_ref" in text):
         return text
-    return convert_boxes(text, "qwen2", convention, _seen(processor, convention, sizes))
+    has_boxes = PATTERNS["qwen2"].search(text) is not None
+    size = _seen(processor, convention, sizes) if has_boxes else NO_SIZE
+    return convert_boxes(text, "qwen2", convention, size)
 
 
 def from_model(text: str, processor: Any, sizes: Sequence[Size]) -> str:
     """A model's answer with its boxes as records have them, also those that are none.
 
-    An answer whose pixels are of nobody knows which image stays as it is.
+    An answer whose pixels are of nobody knows which image loses its boxes: as thousandths they
+    would be wrong ones.
     """
     convention = convention_of(processor)
     if convention == "qwen2" or "bbox_2d" not in text:
@@ -44,7 +48,7 @@ def from_model(text: str, processor: Any, sizes: Sequence[Size]) -> str:
     try:
         size = _seen(processor, convention, sizes)
     except ValueError:
-        return text
+        return strip_boxes(text)
     return convert_boxes(text, convention, "qwen2", size, strict=False)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from clinkd.data import formats_layouts as layouts
 from clinkd.data.boxes import Box, Convention, parse_boxes, to_box
-from clinkd.data.formats_boxes import Size, convert_boxes, resized_size
+from clinkd.data.formats_boxes import Size, convert_boxes, resized_size, with_own_boxes
 from clinkd.data.formats_files import read_rows, write_rows
 from clinkd.data.images import image_size
 from clinkd.data.records import TASKS, Record, Turn, record_from_json
@@ -257,6 +257,8 @@ def _convert_texts(row: layouts.Row, source: Convention, options: Options) -> No
         if source != "qwen2" and (source != "qwen2.5" or size is not None):
             for turn in turns:
                 turn["value"] = convert_boxes(turn["value"], source, "qwen2", size)
+                if size is not None and isinstance(row.get("boxes"), list):
+                    turn["value"] = with_own_boxes(turn["value"], row["boxes"], size)
         if "boxes" not in row:
             row["boxes"] = [list(box) for box in _boxes_of(turns)]
     except DataError:

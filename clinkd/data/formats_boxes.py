@@ -3,12 +3,14 @@
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from clinkd.data.boxes import CONVENTIONS, PATTERNS, Convention, format_boxes, to_box
+from clinkd.data.boxes import CONVENTIONS, PATTERNS, Convention, format_boxes, stated_boxes, to_box
 
 Size = tuple[int, int]  # width, height in pixels
 
 _JSON_LABEL = re.compile(r'"label"\s*:\s*("(?:[^"\\]|\\.){0,400}")')
+_LARGEST = 1e9  # of a coordinate, as `PATTERNS` takes it; NaN is not below
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _OPEN = {"qwen2": ("<|object_ref_start|>", "<|object_ref_end|>"), "box": ("<ref>", "</ref>")}
 _NAME = re.compile(
@@ -76,9 +78,20 @@ def _from_json(
             if strict:
                 raise
             label = None
-        return _write(label, match.groups(), target, scale, size, strict)
+        return _write(_writable(label), match.groups(), target, scale, size, strict)
 
     return PATTERNS["json"].sub(rewrite, text)
+
+
+def _writable(label: Any) -> str | None:
+    """A label that can be written as UTF-8, which half of a surrogate pair cannot."""
+    if not isinstance(label, str):
+        return None
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        return None
+    return label
 
 
 def _listed(text: str) -> list[tuple[str | None, list[float]]] | None:
@@ -94,11 +107,13 @@ def _listed(text: str) -> list[tuple[str | None, list[float]]] | None:
     out: list[tuple[str | None, list[float]]] = []
     for row in rows:
         corners = row.get("bbox_2d") if isinstance(row, dict) else None
-        numbers = isinstance(corners, list) and all(type(c) in (int, float) for c in corners)
+        numbers = isinstance(corners, list) and all(
+            type(c) in (int, float) and abs(c) < _LARGEST for c in corners
+        )
         if not isinstance(corners, list) or not numbers or len(corners) != 4:
             return None
         label = row.get("label")
-        out.append((label if isinstance(label, str) else None, [float(c) for c in corners]))
+        out.append((_writable(label), [float(c) for c in corners]))
     return out
 
 
@@ -131,6 +146,29 @@ def _name(label: str, target: Convention) -> str:
     """An object's name as the target marks it; JSON conventions have no mark inside a sentence."""
     before, after = _OPEN.get(target, ("", ""))
     return f"{before}{label}{after}"
+
+
+def with_own_boxes(text: str, boxes: Sequence[Any], size: Size) -> str:
+    """A text of ours whose boxes were pixels, with the exact ones where they are known.
+
+    Args:
+        boxes: those of the row, unchecked: what is no box matches none.
+        size: pixels in which the text's were rounded.
+    """
+    pixel = (1000 / size[0], 1000 / size[1]) * 2
+
+    def is_of(own: Any, corners: Sequence[float]) -> bool:
+        whole = isinstance(own, list) and len(own) == 4 and all(type(c) is int for c in own)
+        return whole and all(
+            abs(a - b) <= side for a, b, side in zip(own, corners, pixel, strict=True)
+        )
+
+    out, end = [], 0
+    for box in stated_boxes(text, ("qwen2",)):
+        exact = next((own for own in boxes if is_of(own, box.corners)), box.corners)
+        out += [text[end : box.start], format_boxes([exact])]
+        end = box.end
+    return "".join(out) + text[end:]
 
 
 def resized_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:

@@ -40,11 +40,21 @@ def encode_request(
         images = request.get("images", request.get("image"))
         images = [] if images is None else [images] if isinstance(images, Image.Image) else images
         images = [to_rgb(each) if isinstance(each, Image.Image) else each for each in images]
-        turns = [*request.get("history", ()), request["question"]]
+        turns = [*_history(request.get("history", ())), request["question"]]
         encoded = encode_prompt(processor, turns, images, request.get("system"))
         inputs = {name: encoded[name] for name in _INPUTS if name in encoded}
     _check(inputs, model, max_new_tokens)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _history(turns: Any) -> list[str]:
+    """Questions and answers that came before."""
+    pairs = isinstance(turns, list | tuple) and len(turns) % 2 == 0
+    if not pairs or not all(isinstance(turn, str) for turn in turns):
+        raise ValueError(
+            f"history must be a list of texts, a question and its answer in turn, got {turns!r:.80}"
+        )
+    return list(turns)
 
 
 def _check(inputs: Inputs, model: PreTrainedModel, max_new_tokens: int) -> None:

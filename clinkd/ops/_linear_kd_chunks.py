@@ -1,5 +1,6 @@
 """What `linear_kd_loss` does with a chunk of logits."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from clinkd.ops._checks import check_rows
 from clinkd.ops._kd_at_once import rows_with_gradient, why_not_at_once
 from clinkd.ops._kd_loss_native import KD_ROWS, gradient_in_place
-from clinkd.ops._linear_loss import LinearLoss, of_rows
+from clinkd.ops._linear_loss import LinearLoss, of_rows, reference_chunk
 from clinkd.ops._memory import linear
 from clinkd.ops._row_chunks import Score
 from clinkd.ops._vocab_parallel import check_shards, local_options, whole_rows
@@ -42,40 +43,26 @@ def _score(
         check_shards(group, teacher_head)
     hidden = of_rows(teacher_hidden, rows)
     options = (temperature, divergence, mix, ignore_index, softcap, impl)
+    kind: dict[str, Any] = {
+        "temperature": temperature,
+        "divergence": DIVERGENCES[divergence],
+        "beta": mix,
+        "skew": mix,
+        "ignore_index": ignore_index,
+        "softcap": softcap or None,
+    }
 
     def score(chunk: slice, logits: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
         target = linear(hidden[chunk], teacher_head, teacher_bias)
         if not group:
             check_rows(logits, target, labels[chunk], ignore_index, rows[chunk])
+        if impl == "reference":
+            rows_of = partial(kd_loss_rows, teacher_logits=target, labels=labels[chunk], **kind)
+            return reference_chunk(rows_of, logits, factor[chunk], kd_weight, needs_grad)
         given = (logits, target, labels[chunk], factor[chunk])
-        chunk_loss = _reference if impl == "reference" else _chunk
-        return chunk_loss(*given, kd_weight, options, group, needs_grad)
+        return _chunk(*given, kd_weight, options, group, needs_grad)
 
     return score
-
-
-def _reference(
-    logits: Tensor,
-    target: Tensor,
-    labels: Tensor,
-    factor: Tensor,
-    kd_weight: float,
-    options: tuple[Any, ...],
-    group: str,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`_chunk` by the definition."""
-    temperature, divergence, mix, ignore_index, softcap, _ = options
-    with torch.set_grad_enabled(needs_grad):
-        logits = logits.detach().requires_grad_(needs_grad)
-        ce, kd = kd_loss_rows(
-            logits, target, labels, temperature=temperature, divergence=DIVERGENCES[divergence],
-            beta=mix, skew=mix, ignore_index=ignore_index, softcap=softcap or None,
-        )  # fmt: skip
-        ce, kd = (ce * factor).sum(), (kd * factor).sum()
-        loss = (ce + kd_weight * kd) / (1 + kd_weight)
-    sums = torch.stack([ce.detach(), kd.detach()])
-    return sums, torch.autograd.grad(loss, logits)[0] if needs_grad else None
 
 
 def _chunk(

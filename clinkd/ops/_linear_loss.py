@@ -71,6 +71,9 @@ class LinearLoss:
             student: gets the gradients.
             labels: [N].
             weight: [N] factor of each row, or None.
+            count: what the sums are divided by.
+            kd_weight: a in (CE + a KD) / (1 + a).
+            ignore_index: the label of rows that do not count.
             chunk_rows: whose logits exist at a time.
             vocab_size: rows of the head that stand for tokens.
             group: name of the process group over which the head is cut; "" for none.
@@ -132,6 +135,27 @@ class LinearLoss:
         none = hidden.new_empty(0)
         grads = [none.clone() if grad is None else grad for grad in (of_hidden, *rest)]
         return loss, parts, grads[0], grads[1], grads[2]
+
+
+def reference_chunk(
+    rows: Callable[[Tensor], tuple[Tensor, Tensor]],
+    logits: Tensor,
+    factor: Tensor,
+    kd_weight: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What a `Score` gives, by a loss's definition and autograd.
+
+    Args:
+        rows: CE and KD of each row [n] of logits [n, V].
+        factor: [n] what each row is multiplied by.
+    """
+    with torch.set_grad_enabled(needs_grad):
+        logits = logits.detach().requires_grad_(needs_grad)
+        ce, kd = ((part * factor).sum() for part in rows(logits))
+        loss = (ce + kd_weight * kd) / (1 + kd_weight)
+    sums = torch.stack([ce.detach(), kd.detach()])
+    return sums, torch.autograd.grad(loss, logits)[0] if needs_grad else None
 
 
 def _under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

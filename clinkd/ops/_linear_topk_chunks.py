@@ -1,10 +1,12 @@
 """What `linear_topk_kd_loss` does with a chunk of logits."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from clinkd.ops._checks import check_rows
-from clinkd.ops._linear_loss import LinearLoss, of_rows
+from clinkd.ops._linear_loss import LinearLoss, of_rows, reference_chunk
 from clinkd.ops._row_chunks import Score
 from clinkd.ops._topk_kd_native import TOPK_ROWS, ascending, gradient_in_place
 from clinkd.ops.reference.kd_loss import divergence_rows
@@ -48,8 +50,12 @@ def _score(
         own, part = labels[chunk], factor[chunk]
         values, ids, lse = (each[chunk] for each in top)
         if impl == "reference":
-            given = (logits, values, ids, lse, own, part)
-            return _reference(*given, kd_weight, kind, ignore_index, softcap, needs_grad)
+            rows_of = partial(
+                topk_kd_loss_rows, teacher_logits=values, teacher_ids=ids, teacher_lse=lse,
+                labels=own, temperature=temperature, divergence=divergence, beta=mix, skew=mix,
+                ignore_index=ignore_index, softcap=softcap or None,
+            )  # fmt: skip
+            return reference_chunk(rows_of, logits, part, kd_weight, needs_grad)
         options = (temperature, ignore_index, softcap, impl)
         top_logits, tail, soft_tail, picked, statistics = TOPK_ROWS(logits, ids, own, *options)
         sums, slopes = _buckets(
@@ -61,33 +67,6 @@ def _score(
         return sums, logits
 
     return score
-
-
-def _reference(
-    logits: Tensor,
-    values: Tensor,
-    ids: Tensor,
-    lse: Tensor,
-    labels: Tensor,
-    factor: Tensor,
-    kd_weight: float,
-    kind: tuple[float, str, float],
-    ignore_index: int,
-    softcap: float,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Sums of CE and KD [2] and the gradient of the logits, by the definition."""
-    temperature, divergence, mix = kind
-    with torch.set_grad_enabled(needs_grad):
-        logits = logits.detach().requires_grad_(needs_grad)
-        ce, kd = topk_kd_loss_rows(
-            logits, values, ids, lse, labels, temperature=temperature, divergence=divergence,
-            beta=mix, skew=mix, ignore_index=ignore_index, softcap=softcap or None,
-        )  # fmt: skip
-        ce, kd = (ce * factor).sum(), (kd * factor).sum()
-        loss = (ce + kd_weight * kd) / (1 + kd_weight)
-    sums = torch.stack([ce.detach(), kd.detach()])
-    return sums, torch.autograd.grad(loss, logits)[0] if needs_grad else None
 
 
 def _buckets(
@@ -135,7 +114,8 @@ def _divergence_slope(log_p: Tensor, log_q: Tensor, divergence: str, mix: float)
         return -p
     if divergence == "reverse_kl":
         return torch.where(q == 0, 0, q * (log_q - log_p))
-    m = mix * p + (1 - mix) * q
+    # as the reference clamps it: where p is 0 and q subnormal, a share of q can be 0
+    m = (mix * p + (1 - mix) * q).clamp(min=torch.finfo(p.dtype).tiny)
     if divergence == "skew_kl":
         return torch.where(q == 0, 0, -(1 - mix) * p * q / m)
     return torch.where(q == 0, 0, (1 - mix) * q * (log_q - m.log()))

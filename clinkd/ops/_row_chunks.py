@@ -47,7 +47,8 @@ def shares(
     Divided by the count before, the gradient is right as it is made, and the backward pass need not
     go over it. Not in float16, where what scales a loss up must do so before.
     """
-    factor = torch.ones_like(labels, dtype=torch.float32) if weight is None else weight
+    ones = torch.ones_like(labels, dtype=torch.float32)
+    factor = ones if weight is None else weight.to(torch.promote_types(weight.dtype, ones.dtype))
     if dtype == torch.float16 or has_gradient(count):
         return factor, count
     return factor / count, 1

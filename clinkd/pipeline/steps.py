@@ -46,14 +46,25 @@ def load_processor(config: RunConfig, path: str) -> Any:
     Raises:
         SetupError: it cannot be read.
     """
-    size = {"shortest_edge": config.model.min_pixels, "longest_edge": config.model.max_pixels}
+    least, most = config.model.min_pixels, config.model.max_pixels
+    size = {"shortest_edge": least, "longest_edge": most}
     try:
-        return AutoProcessor.from_pretrained(path, size=size)
+        # files of the hub have the same numbers by other names, which would come first
+        processor = AutoProcessor.from_pretrained(
+            path, size=size, min_pixels=least, max_pixels=most
+        )
     except (OSError, ValueError) as error:
         raise SetupError(
             f"{path}: no processor can be read ({str(error).splitlines()[0]}); give a checkpoint's "
             "folder, or a hub name"
         ) from None
+    taken = processor.image_processor.size
+    if (taken["shortest_edge"], taken["longest_edge"]) != (least, most):
+        raise SetupError(
+            f"{path}: its image processor takes {taken}, not the run's model.min_pixels {least} "
+            f"and model.max_pixels {most}"
+        )
+    return processor
 
 
 def read_config(name: str) -> Any:
@@ -75,19 +86,20 @@ def require_same_images(student: Any, teacher: Any, student_name: str, teacher_n
     """Make sure that two models, given their configs, take one batch's images alike.
 
     Raises:
-        ConfigError: they cut images otherwise, or mark their places by another token.
+        ConfigError: they cut images otherwise, mark their places by another token, or are of two
+            families, which write boxes each in their own form.
     """
     ours, theirs = (
         {name: getattr(c.vision_config, name) for name in PATCHES}
-        | {"image_token_id": c.image_token_id}
+        | {"image_token_id": c.image_token_id, "model_type": c.model_type}
         for c in (student, teacher)
     )
     for name, value in ours.items():
         if theirs[name] != value:
             raise ConfigError(
                 f"the teacher ({teacher_name}) has {name} {theirs[name]}, the student "
-                f"({student_name}) {value}: they cannot see one batch; take two models of one "
-                "family"
+                f"({student_name}) {value}: they cannot learn from one batch; take two models of "
+                "one family"
             )
 
 

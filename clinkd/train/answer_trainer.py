@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from clinkd.config import DistillConfig
@@ -22,6 +23,22 @@ STATE = "trainer_state.json"  # the Trainer's own file in a checkpoint
 _ROW = "open_row"  # in a checkpoint's state: what was summed since the last log line
 
 
+class _Epochs(TrainerCallback):
+    """Tells the sampler which epoch begins.
+
+    accelerate does so too, but not through the loader with which a run is taken up in the middle
+    of an epoch on several processes.
+    """
+
+    def __init__(self, sampler: BucketSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
 class AnswerTrainer(CheckpointTrainer):
     """Loss on answer tokens, divided once by their number over the whole optimiser step."""
 
@@ -34,25 +51,32 @@ class AnswerTrainer(CheckpointTrainer):
         kd: DistillConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        """As the Trainer, and besides:
+
+        Args:
+            records: of the training set, for errors that name them.
+            lengths: of its items, by which like ones come together.
+            teacher, kd: what is distilled and how; both or neither.
+        """
         super().__init__(*args, **kwargs)
         if (teacher is None) != (kd is None):
             raise ValueError("teacher and kd go together: give both or neither")
         # our loss divides by the step's token count itself; the Trainer must not divide again
         self.model_accepts_loss_kwargs = True
         self.records = records
-        self.lengths = lengths  # of the training set's items, by which like ones come together
         self.kd = kd
         self.teacher = teacher
         self._parts: list[Tensor] = []  # (CE, KD) of each micro-batch since the last log line
         self._places: list[Tensor] = []  # of the records in them
         # of the parts of this process, in one order however often a run is cut off
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        self._held = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        self._sampler = BucketSampler(lengths, self.args.train_batch_size, self.args.data_seed)
+        self.add_callback(_Epochs(self._sampler))
         self.watch: Watch | None = None
         self.logged_step = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
-        return BucketSampler(self.lengths, self.args.train_batch_size, self.args.data_seed)
+        return self._sampler
 
     def compute_loss(
         self,
@@ -80,25 +104,31 @@ class AnswerTrainer(CheckpointTrainer):
         return total
 
     @torch.no_grad()
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
-    ) -> tuple[Tensor, None, None]:
-        """The held-out loss of a batch, by its own tokens; no logits exist to return."""
-        inputs = self._prepare_inputs(inputs)
-        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-        loss = self.compute_loss(model, inputs)
-        self._held += torch.stack([loss.double() * tokens, tokens.double()])
-        return loss, None, None
-
     def evaluation_loop(
-        self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any
+        self, *_: Any, metric_key_prefix: str = "eval", **__: Any
     ) -> EvalLoopOutput:
-        """The Trainer's, which takes the mean of batches: here every token counts alike."""
-        self._held.zero_()
-        found = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
-        total, tokens = self.accelerator.reduce(self._held, "sum").tolist()
-        found.metrics[f"{metric_key_prefix}_loss"] = total / max(1.0, tokens)
-        return found
+        """The loss of the held-out records, every token of each of them once.
+
+        The Trainer's own takes the mean of batches, and counts some records twice where the
+        processes cannot share them evenly. No logits exist to return. All processes make as many
+        forward passes, as ZeRO-3 needs it; one that has no record left does so for nothing.
+        """
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        size, count = self.args.per_device_eval_batch_size, len(self.eval_dataset)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        for start in range(0, count, size * self.args.world_size):
+            first = start + size * self.args.process_index
+            mine = range(first, min(first + size, count))
+            items = [self.eval_dataset[place] for place in mine or range(1)]
+            inputs = self._prepare_inputs(self.data_collator(items))
+            tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+            loss = self.compute_loss(model, inputs)
+            if mine:
+                sums += torch.stack([loss.double() * tokens, tokens.double()])
+        total, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / max(1.0, tokens)}
+        return EvalLoopOutput(None, None, metrics, count)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._parts and "loss" in logs:
@@ -128,7 +158,11 @@ class AnswerTrainer(CheckpointTrainer):
     def take_up_row(self, checkpoint: Path) -> None:
         """Go on with the log line that a checkpoint was written before."""
         text = (checkpoint / STATE).read_text(encoding="utf-8")
-        row = json.loads(text)["stateful_callbacks"][_ROW]
+        state = json.loads(text)
+        row = state["stateful_callbacks"].get(_ROW)
+        if row is None:  # of an earlier version: the line begins here
+            self.logged_step = state["global_step"]
+            return
         self.logged_step = row["since"]
         self._sums += torch.tensor(row["sums"][self.args.process_index], dtype=torch.float64).to(
             self._sums.device

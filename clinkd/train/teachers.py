@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from clinkd.config import DistillConfig, ModelConfig
 from clinkd.data.collate import IGNORE_INDEX, AnswerDataset, collate
+from clinkd.data.convention import convention_of
 from clinkd.data.files import sha256_file
 from clinkd.data.images import resolve_image
 from clinkd.data.records import Record
@@ -175,6 +176,7 @@ def cache_spec(
             "data": _hash(_content(records, data_root)),
             "tokenizer": _hash([tokenizer.backend_tokenizer.to_str()]),
             "template": _hash([processor.chat_template or tokenizer.chat_template or ""]),
+            "boxes": convention_of(processor),
             "image_sizes": f"{model.min_pixels} to {model.max_pixels} pixels",
             "positions": json.dumps(model.positions.model_dump(mode="json")),
             "max_length": str(settings.max_length),
@@ -188,9 +190,9 @@ def cache_spec(
 def _content(records: Sequence[Record], data_root: Path) -> Iterator[str]:
     """Text of the records, and the sizes of their images."""
     for record in records:
-        turns = [(turn.role, turn.value) for turn in record.conversations]
+        turns = [("system", record.system), *((t.role, t.value) for t in record.conversations)]
         sizes = [os.path.getsize(resolve_image(data_root, name)) for name in record.images]
-        yield json.dumps([record.id, turns, record.images, sizes])
+        yield json.dumps([record.id, turns, record.images, sizes, record.size])
 
 
 @lru_cache

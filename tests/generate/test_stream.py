@@ -205,3 +205,10 @@ def test_answers_come_back_with_boxes_as_records_have_them(tmp_path, processor, 
     assert row["question"] == "What is in <|box_start|>(0,0),(500,1000)<|box_end|>?"
     assert asked[0]["question"].startswith('<image>\nWhat is in {"bbox_2d": [0, 0, ')
     assert asked[0]["history"] == []
+
+
+@pytest.mark.parametrize("history", ["hi", ["Which?"], [1, 2], {"a": "b"}])
+def test_a_history_that_is_none_is_refused(demo, processor, history):
+    request = {"id": "a", "question": "Sure?", "history": history}
+    (result,) = BeamSearcher(demo, processor, 1, 1, 2).generate([request])
+    assert "history must be a list of texts" in result.error

@@ -131,3 +131,11 @@ def test_heads_of_another_type_without_storage():
     given["teacher_weight"] = given["teacher_weight"].bfloat16()
     with pytest.raises(TypeError, match=r"teacher_weight must be torch\.float32 as"):
         linear_kd_loss(**given, workspace=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_a_weight_of_few_bits_among_many_tokens(loss):
+    """Divided by their number in float16, it would be 0."""
+    weight = torch.ones(N, dtype=torch.float16)
+    found = loss(**arguments(loss), weight=weight, num_items=10**8).loss
+    torch.testing.assert_close(found, loss(**arguments(loss), num_items=10**8).loss)

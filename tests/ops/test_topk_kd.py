@@ -264,3 +264,45 @@ def test_errors_name_the_argument(change, error, message):
 def test_a_workspace_of_nothing_is_refused():
     with pytest.raises(ValueError, match="workspace must be above 0"):
         linear_topk_kd_loss(*linear(), workspace=0)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "skew_kl"])
+def test_a_probability_below_the_normal_numbers(kernel, divergence):
+    """Where p is 0 and a share of q rounds to 0, so does the gradient."""
+    teacher = torch.tensor([[150.0, 20.0, 149.0, 148.0]], device=DEVICE)
+    values, ids = teacher.topk(4)
+    top = (values, ids, teacher.logsumexp(1))
+    head, labels = torch.eye(4, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for gap in torch.arange(101.5, 104.5, 0.05).tolist():
+        hidden = torch.tensor([[0.0, -gap, -1.0, -2.0]], device=DEVICE)
+        found = []
+        for impl in (kernel, "reference"):
+            leaf = hidden.clone().requires_grad_()
+            loss = linear_topk_kd_loss(
+                leaf, head, *top, labels, divergence=divergence, skew=0.6, impl=impl
+            ).loss
+            found.append(torch.autograd.grad(loss, leaf)[0])
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("K", "size"), [(5, 3.0), (40, 3.0), (40, 60.0), (5, 60.0)])
+def test_hidden_states_have_the_gradient_of_the_definition(kernel, divergence, K, size):
+    """Written out there; here by autograd, in float64."""
+    z, _, *top, labels = make(9, 40, K, T=2.0, size=size)
+    options = {"temperature": 2.0, "divergence": divergence, "beta": 0.3, "skew": 0.4}
+    head = torch.eye(40, device=DEVICE)
+    top = (top[0].float(), top[1], top[2].float())
+    results = []
+    for impl, dtype in (
+        (kernel, torch.float32),
+        ("reference", torch.float32),
+        ("reference", torch.float64),
+    ):
+        leaf = z.to(dtype).requires_grad_()
+        given = (head.to(dtype), top[0].to(dtype), top[1], top[2].to(dtype), labels)
+        loss = linear_topk_kd_loss(leaf, *given, impl=impl, **options).loss
+        results.append(torch.autograd.grad(loss, leaf)[0].double())
+    ours, plain, exact = results
+    least = 1e-5 * exact.abs().max()
+    assert (ours - exact).abs().max() <= max(least, 2 * (plain - exact).abs().max())
