@@ -1,7 +1,6 @@
 """`clinkd ask`: one question about one or several images."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,9 +79,10 @@ def _answer(
     from transformers.utils.logging import disable_progress_bar
 
     from clinkd import models
-    from clinkd.data.convention import from_model, to_model
+    from clinkd.data.convention import to_model
     from clinkd.generate import BeamSearcher, ClipScorer, select
     from clinkd.generate.scorer import mean_over_images
+    from clinkd.generate.stream import as_in_records
 
     disable_progress_bar()  # of loading weights
     try:
@@ -92,17 +92,14 @@ def _answer(
         raise ConfigError(f"model {name!r} cannot be loaded: {error}") from error
     judge = ClipScorer.load(scorer) if scorer is not None else None
     searcher = BeamSearcher(network, processor, beams, beams, max_new_tokens)
-    sizes = [image.size for image in images]
     try:
-        asked = to_model(question, processor, sizes)
+        asked = to_model(question, processor, [image.size for image in images])
     except ValueError as error:
         raise ConfigError(f"the question: {error}") from None
     (result,) = searcher.generate([{"id": "0", "images": images, "question": asked}])
     if result.error is not None:
         raise ConfigError(result.error)
-    candidates = [
-        replace(each, text=from_model(each.text, processor, sizes)) for each in result.candidates
-    ]
+    candidates = as_in_records(result, images, processor).candidates
     texts = [candidate.text for candidate in candidates]
     cosines: list[float | None] = [None] * len(texts)
     if judge is not None:

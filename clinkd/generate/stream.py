@@ -162,7 +162,7 @@ def _answer_block(
         except ValueError as error:
             errors[index] = str(error)
     results = {
-        int(result.id): _as_in_records(result, images[int(result.id)], searcher.processor)
+        int(result.id): as_in_records(result, images[int(result.id)], searcher.processor)
         for result in searcher.generate(requests, answered)
     }
     for index, record in enumerate(records):
@@ -180,7 +180,7 @@ def _request(
     return request | ({"system": record.system} if record.system else {})
 
 
-def _as_in_records(result: Result, images: Sequence[Image.Image], processor: Any) -> Result:
+def as_in_records(result: Result, images: Sequence[Image.Image], processor: Any) -> Result:
     """The result with the boxes of its candidates as records have them."""
     sizes = [image.size for image in images]
     candidates = [

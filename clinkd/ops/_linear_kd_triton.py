@@ -136,8 +136,8 @@ def _tiles_backward(
     del buffer, grad  # before the last copy is made
     if sums is not None:
         of_hidden = sums.to(hidden.dtype)
-    if sums is not None and not (rows == len(hidden) and hidden.is_contiguous()):
-        of_hidden = torch.zeros_like(hidden).index_copy_(0, counted, of_hidden)
+        if rows < len(hidden) or not hidden.is_contiguous():
+            of_hidden = torch.zeros_like(hidden).index_copy_(0, counted, of_hidden)
     return of_hidden, of_head, of_bias
 
 

@@ -73,11 +73,12 @@ def train(
     held = set(job.held_out)
     places = [i for i in range(len(dataset)) if i not in held]
     learned: Any = Numbered(dataset, places)
-    lengths = [_length(encoded, job.records[place]) for place in places]
     if settings.packing:
         lengths = [encoded.length(job.records[place]) for place in places]
         learned = PackedRows(learned, pack_rows(lengths, settings.max_length, job.seed))
         lengths = [1] * len(learned)
+    else:
+        lengths = [_length(encoded, job.records[place]) for place in places]
     checkpoints = job.output / "checkpoints"
     arguments = _arguments(job, settings, checkpoints, len(learned))
     if isinstance(told, LiveTeacher):
