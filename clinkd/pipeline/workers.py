@@ -4,6 +4,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -212,17 +213,22 @@ def _work(
         if rank == 0 or not together:
             told.put(("progress", rank, update))
 
+    code = 0
     try:
         summary = perform(RunFolder(Path(run), config), task, progress, rank, world)
         told.put(("summary", rank, summary if rank == 0 else ""))
     except ClinkdError as error:
-        told.put(("error", rank, (type(error).__name__, str(error))))
-        told.close()
-        told.join_thread()
         # all ranks agreed to stop where a signal came; elsewhere the parent stops the others
-        os._exit(error.exit_code)
-    if together:
+        told.put(("error", rank, (type(error).__name__, str(error))))
+        code = error.exit_code
+    told.close()
+    told.join_thread()
+    if together and code == 0:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    # Threads of gloo may still hold tensors: the interpreter's own end can abort in them, after
+    # all is done (pytorch pull request 179291).
+    os._exit(code)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ def learn(folder, killed_at, held_out, rate):
     job = Job("teacher", folder / "out", log, records, SAMPLE_FOLDER, 0, look, held_out=held_out)
     model = apply(build_model(processor, size, 0), PositionConfig("paper"))
     train(job, model, processor, settings)
+    os._exit(0)  # threads of gloo can abort the interpreter's own end
 
 
 def start(folder, port, killed_at=0, held_out=(), rate=1e-2, processes=2):
