@@ -244,7 +244,10 @@ class PositionConfig:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        scale = tuple(float(s) for s in self.pos_scale)
+        try:
+            scale = tuple(float(s) for s in self.pos_scale)
+        except (TypeError, ValueError):
+            scale = ()
         if len(scale) != 2 or not all(0 < s < math.inf for s in scale):
             raise ConfigError(f"pos_scale must be two numbers above 0, got {self.pos_scale}")
         if not 0 < self.base < math.inf:
@@ -270,4 +273,4 @@ class PositionConfig:
         unknown = sorted(values.keys() - {"preset", "pos_scale", "base"})
         if unknown:
             raise ConfigError(f"positions have no key {unknown[0]!r}")
-        return cls(**{**values, "pos_scale": tuple(values.get("pos_scale", (2.0, 2.0)))})
+        return cls(**values)

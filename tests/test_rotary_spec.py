@@ -153,6 +153,8 @@ def test_config_round_trip(preset):
     [
         ({"preset": "best"}, "preset must be one of paper, warm, mrope, gap2, got 'best'"),
         ({"pos_scale": (2.0,)}, "pos_scale must be two numbers above 0"),
+        ({"pos_scale": 2.0}, "pos_scale must be two numbers above 0, got 2.0"),
+        ({"pos_scale": ["a", "b"]}, "pos_scale must be two numbers above 0"),
         ({"pos_scale": (2.0, 0.0)}, "pos_scale must be two numbers above 0"),
         ({"base": -1.0}, "base must be above 0"),
         ({"scale": 1}, "positions have no key 'scale'"),

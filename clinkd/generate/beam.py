@@ -78,6 +78,10 @@ class BeamSearcher:
             raise ValueError(
                 f"num_beam_groups must divide num_beams = {num_beams}, got {num_beam_groups}"
             )
+        if early_stopping not in (False, True, "never"):
+            raise ValueError(
+                f"early_stopping must be False, True or 'never', got {early_stopping!r}"
+            )
         if not temperature > 0 or not 0 < top_p <= 1:
             raise ValueError(
                 f"temperature must be above 0 and top_p in (0, 1], got {temperature} and {top_p}"
@@ -155,7 +159,7 @@ class BeamSearcher:
         )
         owners: list[int] = []  # request of each slot in use
         generators: list[torch.Generator] = []
-        start = torch.zeros(slots, device=device)  # position of the first new token
+        start = torch.zeros(slots, dtype=torch.float32, device=device)  # first new position
         free = list(range(slots))
         logits = torch.zeros(0)
         while owners or waiting:

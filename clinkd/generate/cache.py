@@ -56,6 +56,8 @@ class PrefixCache:
 
     def admit(self, slot: int, keys: list[Tensor], values: list[Tensor]) -> None:
         """Store a prompt, keys and values [Hkv, S, D] of each layer, in a free slot."""
+        # autocast leaves rotated keys and queries in float32, values not
+        keys = [key.to(value.dtype) for key, value in zip(keys, values, strict=True)]
         length = keys[0].shape[1]
         if not self.layers:
             for key, value in zip(keys, values, strict=True):
@@ -104,7 +106,7 @@ class PrefixCache:
         """Store this step's keys and values, [active * K, Hkv, 1, D]."""
         shape = (self.active, self.hypotheses, key.shape[1], key.shape[3])
         rows = self._rows[: self.active]
-        self.layers[layer][2][rows, :, self._at] = key.reshape(shape)
+        self.layers[layer][2][rows, :, self._at] = key.to(value.dtype).reshape(shape)
         self.layers[layer][3][rows, :, self._at] = value.reshape(shape)
         return key, value
 
@@ -117,7 +119,7 @@ class PrefixCache:
         n = self.active
         prefix_k, prefix_v, suffix_k, suffix_v = (t[:n] for t in self.layers[layer])
         out = prefix_decode_attention(
-            query.reshape(n, self.hypotheses, *query.shape[1::2]),
+            query.to(prefix_k.dtype).reshape(n, self.hypotheses, *query.shape[1::2]),
             prefix_k,
             prefix_v,
             suffix_k,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from clinkd.errors import DataError
 IMAGE_SIZE = 112
 CONTEXT = 48  # tokens of CLIP's BPE
 LOG_EVERY = 10
+KEPT_IMAGES = 4096  # as tensors of 150 kB; a training split may have many times as many
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 MODEL = {
     "embed_dim": 64,
@@ -66,22 +68,27 @@ def train_clip(
         log: called with rows of the training log.
 
     Raises:
-        DataError: fewer than two different pairs.
+        DataError: fewer than two different images, or answers.
     """
     import open_clip  # a second that every stage would pay
 
     texts = clip_texts(records)
     usable = [r for r in records if r.id in texts]
-    if len(set(texts.values())) < 2:
-        raise DataError("train_clip needs at least 2 records with one image and an answer each")
-    names = sorted({r.images[0] for r in usable})
+    if min(len(set(texts.values())), len({r.images[0] for r in usable})) < 2:
+        raise DataError(
+            "train_clip needs at least 2 records with one image and an answer each, and with "
+            "different images and different answers"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = open_clip.CLIP(**MODEL)
     transform = open_clip.image_transform(IMAGE_SIZE, is_train=False, mean=MEAN, std=STD)
-    pixels = {name: transform(load_image(data_root, name)) for name in names}
     tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)
-    tokens = {r.id: tokenizer([texts[r.id]])[0] for r in usable}
+
+    @lru_cache(maxsize=KEPT_IMAGES)
+    def pixels(name: str) -> Tensor:
+        found: Tensor = transform(load_image(data_root, name))
+        return found
 
     loss_of = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1)
@@ -91,8 +98,8 @@ def train_clip(
     model.train()
     for step in range(1, steps + 1):
         batch = next(batches)
-        images = torch.stack([pixels[r.images[0]] for r in batch])
-        image, text, scale = model(images, torch.stack([tokens[r.id] for r in batch]))[:3]
+        images = torch.stack([pixels(r.images[0]) for r in batch])
+        image, text, scale = model(images, tokenizer([texts[r.id] for r in batch]))[:3]
         loss = loss_of(image, text, scale)
         optimizer.zero_grad()
         loss.backward()

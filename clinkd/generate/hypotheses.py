@@ -48,14 +48,14 @@ class Hypotheses:
         self.device = device
         self.stops = torch.tensor(rules.stop_ids, dtype=torch.int64, device=device)
         shape = (slots, rules.hypotheses)
-        whole = torch.int64
+        whole, real = torch.int64, torch.float32  # whatever torch's default is set to
         self.length = torch.zeros(slots, dtype=whole, device=device)
         self.tokens = torch.zeros(*shape, rules.max_new_tokens, dtype=whole, device=device)
-        self.log_probs = torch.zeros(*shape, rules.max_new_tokens, device=device)
-        self.scores = torch.zeros(shape, device=device)
+        self.log_probs = torch.zeros(*shape, rules.max_new_tokens, dtype=real, device=device)
+        self.scores = torch.zeros(shape, dtype=real, device=device)
         self.done_tokens = torch.zeros_like(self.tokens)
         self.done_log_probs = torch.zeros_like(self.log_probs)
-        self.done_scores = torch.zeros(shape, device=device)
+        self.done_scores = torch.zeros_like(self.scores)
         self.done_length = torch.zeros(shape, dtype=whole, device=device)
         self.finished = torch.zeros(shape, dtype=torch.bool, device=device)
 
@@ -241,6 +241,8 @@ class Hypotheses:
         self, log_probs: Tensor, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor, Tensor]:
         chances = torch.softmax(log_probs / self.rules.temperature, dim=-1)
+        # a draw from NaN would end the search of all; the score is NaN still, so it is left out
+        chances = chances.nan_to_num(nan=1.0)
         if self.rules.top_p < 1:
             ordered, index = chances.sort(dim=-1, descending=True)
             before = ordered.cumsum(dim=-1) - ordered

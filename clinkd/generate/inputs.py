@@ -30,7 +30,10 @@ def encode_request(
     """
     if "input_ids" in request:
         inputs = {name: torch.as_tensor(request[name]) for name in _INPUTS if name in request}
-        ids = inputs["input_ids"].reshape(-1).long()
+        ids = inputs["input_ids"]
+        if ids.dim() > 1 and len(ids) != 1:
+            raise ValueError(f"input_ids must be one prompt, got shape {tuple(ids.shape)}")
+        ids = ids.reshape(-1).long()
         if "attention_mask" in request:  # padding, on either side
             ids = ids[torch.as_tensor(request["attention_mask"]).reshape(-1).bool()]
         inputs["input_ids"] = ids[None]
@@ -40,6 +43,8 @@ def encode_request(
         images = request.get("images", request.get("image"))
         images = [] if images is None else [images] if isinstance(images, Image.Image) else images
         images = [to_rgb(each) if isinstance(each, Image.Image) else each for each in images]
+        if not isinstance(request["question"], str):
+            raise ValueError(f"question must be a text, got {request['question']!r:.80}")
         turns = [*_history(request.get("history", ())), request["question"]]
         encoded = encode_prompt(processor, turns, images, request.get("system"))
         inputs = {name: encoded[name] for name in _INPUTS if name in encoded}
@@ -67,6 +72,12 @@ def _check(inputs: Inputs, model: PreTrainedModel, max_new_tokens: int) -> None:
         raise ValueError(
             f"prompt of {length} tokens and {max_new_tokens} new ones exceed the "
             f"model's context of {most}; lower max_new_tokens or the image's max_pixels"
+        )
+    windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    if windows and length + max_new_tokens > text.sliding_window:
+        raise ValueError(
+            f"prompt of {length} tokens and {max_new_tokens} new ones exceed the window of "
+            f"{text.sliding_window} that layers of this model see; the search has no windows"
         )
     config = model.config
     count = int((ids == config.image_token_id).sum())

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,12 +11,23 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from clinkd.data.boxes import strip_boxes
+from clinkd.data.images import to_rgb
 from clinkd.errors import ConfigError
 
 KEPT_IMAGES = 64  # vectors of the last images: questions of one image follow each other
+# what unreadable weights raise, such as the pointers that Git LFS leaves in their place
+_UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    OSError,
+    KeyError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -23,7 +35,7 @@ class ClipScorer:
     """Cosine between an image and texts, by an open_clip or a transformers CLIP or SigLIP model.
 
     Boxes and markup are taken out of the texts first. A text longer than the model's window is
-    scored sentence by sentence and the mean taken: `parts` says which.
+    scored sentence by sentence, a longer sentence half by half, and the mean taken: see `parts`.
     """
 
     def __init__(self, backend: "_OpenClip | _Transformers") -> None:
@@ -40,7 +52,7 @@ class ClipScorer:
                 model, `hf-hub:OWNER/MODEL`, or an open_clip `ARCHITECTURE/PRETRAINED`.
 
         Raises:
-            ConfigError: nothing of that name.
+            ConfigError: nothing of that name, or weights that are missing or unreadable.
         """
         folder = Path(name.removeprefix("local-dir:"))
         if (folder / "open_clip_config.json").is_file():
@@ -82,7 +94,8 @@ class ClipScorer:
 
     def _image_vector(self, image: Image.Image) -> Tensor:
         """Of unit length; from memory where the same pixels came lately."""
-        digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
+        image = to_rgb(image)  # before the digest: a palette is not among an image's bytes
+        digest = hashlib.sha256(f"{image.size}".encode())
         digest.update(image.tobytes())
         key = digest.digest()
         if key not in self._images:
@@ -98,7 +111,16 @@ class ClipScorer:
         text = strip_boxes(text)
         if self.backend.fits(text):
             return [text]
-        return [sentence for sentence in _SENTENCE_END.split(text) if sentence] or [text]
+        sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence] or [text]
+        return [part for sentence in sentences for part in self._halves(sentence)]
+
+    def _halves(self, sentence: str) -> list[str]:
+        """A sentence in pieces that fit, which the tokenizer would cut off; a word is one piece."""
+        words = sentence.split()
+        if len(words) < 2 or self.backend.fits(sentence):
+            return [sentence]
+        middle = len(words) // 2
+        return self._halves(" ".join(words[:middle])) + self._halves(" ".join(words[middle:]))
 
 
 def mean_over_images(
@@ -114,11 +136,12 @@ class _OpenClip:
         import open_clip  # a second that only this scorer costs
 
         try:
-            model, _, preprocess = open_clip.create_model_and_transforms(
+            # not `create_model_and_transforms`, which makes up weights that it does not find
+            model, preprocess = open_clip.create_model_from_pretrained(
                 name, pretrained=pretrained, device=device
             )
             self.tokenizer = open_clip.get_tokenizer(name)
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
+        except _UNREADABLE as error:
             raise ConfigError(f"scorer {name!r} cannot be loaded: {error}") from error
         self.model: Any = model.eval()
         self.preprocess: Any = preprocess
@@ -131,7 +154,7 @@ class _OpenClip:
         return bool((beyond == beyond[-1]).all())
 
     def image(self, image: Image.Image) -> Tensor:
-        pixels = self.preprocess(image.convert("RGB")).unsqueeze(0).to(self.device)
+        pixels = self.preprocess(image).unsqueeze(0).to(self.device)
         vector: Tensor = self.model.encode_image(pixels)[0]
         return vector
 
@@ -145,14 +168,21 @@ class _Transformers:
         from transformers import AutoModel, AutoProcessor
 
         try:
-            model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            model, info = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
             self.processor: Any = AutoProcessor.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except _UNREADABLE as error:
             raise ConfigError(f"scorer {str(folder)!r} cannot be loaded: {error}") from error
         # Qwen2-VL has the first alone
         if not all(hasattr(model, name) for name in ("get_image_features", "get_text_features")):
             raise ConfigError(
                 f"scorer {str(folder)!r}: {type(model).__name__} is no CLIP or SigLIP"
+            )
+        if missing := sorted(info["missing_keys"]):  # transformers makes them up, with a warning
+            raise ConfigError(
+                f"scorer {str(folder)!r} has not all its weights: {len(missing)} tensors are "
+                f"missing, such as {missing[0]!r}"
             )
         self.model: Any = model.eval().to(device)
         self.device = device
@@ -162,7 +192,7 @@ class _Transformers:
         return len(self.processor.tokenizer(text, verbose=False).input_ids) <= self.context
 
     def image(self, image: Image.Image) -> Tensor:
-        inputs = self.processor(images=image.convert("RGB"), return_tensors="pt").to(self.device)
+        inputs = self.processor(images=image, return_tensors="pt").to(self.device)
         return _vector(self.model.get_image_features(**inputs))[0]
 
     def texts(self, texts: Sequence[str]) -> Tensor:

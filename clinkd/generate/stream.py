@@ -22,6 +22,7 @@ from clinkd.generate.journal import Journal, join_parts
 from clinkd.generate.results import Candidate, Result
 from clinkd.generate.scorer import ClipScorer, mean_over_images
 from clinkd.generate.select import NEEDS_SCORER, Selection, select, truth_quality
+from clinkd.models import positions_of
 
 Progress = Callable[[int, int, str], None]
 BLOCK = 4  # batches of questions searched together and written together
@@ -88,6 +89,9 @@ def answer_records(
     settings = {
         "settings": repr((searcher.rules, samples, batch_size, selection, mix)),
         "model": _fingerprint(model),
+        "positions": repr(positions_of(model.config)),  # the same weights may be put at others
+        "images": processor.image_processor.to_json_string(),
+        "template": processor.chat_template,
         "records": _content(records),
         "scorer": _fingerprint(scorer.backend.model) if scorer is not None else None,
     }

@@ -24,6 +24,16 @@ from clinkd.rotary import PositionConfig
 CONFIG_KEY = "clinkd_positions"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 IMAGE, VIDEO = 1, 2  # mm_token_type_ids
+# arguments of `from_pretrained` that say where a checkpoint's files are
+PLACE = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
 
 
 def apply(
@@ -66,20 +76,20 @@ def apply(
         positions = positions_of(config) or PositionConfig()
     text, vision = inner.language_model, inner.visual
     spec = text_spec(text.config, positions, eager=impl == "eager")
+    spec_of_vision = vision_spec(vision.config)  # both before anything is changed: they may raise
     restore(model)
     text.rotary_emb = TextRotary(text.rotary_emb, spec, impl)
-    vision.rotary_pos_emb = VisionRotary(vision.rotary_pos_emb, vision_spec(vision.config), impl)
+    vision.rotary_pos_emb = VisionRotary(vision.rotary_pos_emb, spec_of_vision, impl)
     if impl != "eager":
         for layer in text.layers:
             layer.self_attn.rotary = (spec, impl)
             layer.self_attn.forward = partial(text_attention, layer.self_attn)
         for block in vision.blocks:
-            block.attn.rotary = (vision.rotary_pos_emb.spec, impl)
+            block.attn.rotary = (spec_of_vision, impl)
             block.attn.attention = attention
             block.attn.forward = partial(vision_attention, block.attn)
-    if attention != "sdpa":
-        text.attention = attention
-        text.layout_hook = text.register_forward_pre_hook(lay_out, with_kwargs=True)
+    text.attention = attention
+    text.layout_hook = text.register_forward_pre_hook(lay_out, with_kwargs=True)
     inner.clinkd_positions = positions
     inner.get_rope_index = partial(_rope_index, inner)
     inner.compute_3d_position_ids = partial(_position_ids, inner)
@@ -99,9 +109,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for attention in [layer.self_attn for layer in text.layers] + [b.attn for b in vision.blocks]:
         for name in ("forward", "rotary", "attention"):
             attention.__dict__.pop(name, None)
-    if hasattr(text, "layout_hook"):
-        text.layout_hook.remove()
-        del text.layout_hook, text.attention
+    text.layout_hook.remove()
+    del text.layout_hook, text.attention
     for name in ("get_rope_index", "compute_3d_position_ids", "clinkd_positions"):
         inner.__dict__.pop(name, None)
     for config in (model.config, inner.config):
@@ -128,12 +137,20 @@ def load(
         kwargs: go to `from_pretrained`.
 
     Raises:
-        ConfigError: another architecture, or positions that it cannot follow.
+        ConfigError: another architecture, positions that it cannot follow, or missing weights.
     """
-    config = AutoConfig.from_pretrained(path)
+    # of the same revision and subfolder as the weights
+    config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in PLACE if k in kwargs})
     _check_family(config)
     chosen = positions_of(config) or positions or PositionConfig("mrope")
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=dtype, output_loading_info=True, **kwargs
+    )
+    if missing := sorted(info["missing_keys"]):  # transformers makes them up, with a warning
+        raise ConfigError(
+            f"checkpoint {str(path)!r} has not all its weights: {len(missing)} tensors are "
+            f"missing, such as {missing[0]!r}"
+        )
     return apply(model, chosen, impl, attention)
 
 
@@ -160,8 +177,9 @@ def packed_position_ids(
 ) -> Tensor:
     """`position_ids` for rows that hold several sequences one after another.
 
-    Give them to the model without an attention mask: transformers reads the borders off the first
-    row, so that no sequence sees another.
+    Give them to the model without an attention mask and without a cache: transformers reads the
+    borders off the first row, so that no sequence sees another. `use_cache` is then False by
+    default; where it is True no border is looked for.
 
     Args:
         input_ids: [B, S].
@@ -170,8 +188,13 @@ def packed_position_ids(
 
     Returns:
         [4, B, S] float32: index within the sequence, then the three rows of positions.
+
+    Raises:
+        ConfigError: a video, which has no place in a packed row.
     """
     inner = _inner(model)
+    if bool((input_ids == inner.config.video_token_id).any()):
+        raise ConfigError("packed rows have no rule for videos: give frames as images")
     image_mask = input_ids == inner.config.image_token_id
     grids = _grids(inner, image_grid_thw)
     found, _ = _place(inner, image_mask, grids, None, segments)

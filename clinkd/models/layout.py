@@ -42,11 +42,11 @@ class Layout(NamedTuple):
 def lay_out(
     text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of a language model whose `attention` is "auto" or "fused".
+    """Forward pre-hook of a language model; its `attention` is what `apply` was given.
 
     Returns:
-        Its arguments without a mask, and with a `layout` where its layers are to take the fused
-        op; None: as they came.
+        Its arguments: for packed rows without a cache; unless it is "sdpa", where the op can run,
+        without a mask, and with a `layout` where its layers are to take the op. None: as they came.
 
     Raises:
         RuntimeError: "fused", and the op cannot do what this forward asks for.
@@ -55,6 +55,10 @@ def lay_out(
     past = _cache(kwargs)
     if past is not None and past.get_seq_length() > 0:
         return None
+    if _may_be_packed(kwargs):
+        kwargs["use_cache"] = False  # with one, by transformers' default, sequences would mix
+    if text.attention == "sdpa":
+        return (), kwargs
     tokens = kwargs.get("inputs_embeds")
     tokens = kwargs["input_ids"] if tokens is None else tokens
     dtype = tokens.dtype if tokens.is_floating_point() else text.dtype
@@ -74,7 +78,7 @@ def lay_out(
     if reason is not None:
         if text.attention == "fused":
             raise RuntimeError(f"attention='fused' cannot run here: {reason}")
-        return None
+        return (), kwargs
     kwargs["attention_mask"] = None
     # three planes: transformers would look for packed rows in the fourth, and make a mask
     kwargs["position_ids"] = positions if positions is None else positions[-3:]
@@ -123,6 +127,14 @@ def _planes(text: Any, kwargs: dict[str, Any], tokens: Tensor) -> Tensor | None:
         return positions
     planes = 4 if text.config.model_type.startswith("qwen3") else 3
     return positions.expand(planes, tokens.shape[0], -1)
+
+
+def _may_be_packed(kwargs: dict[str, Any]) -> bool:
+    """Whether there are positions as packed rows need them, no mask, and no word of a cache."""
+    positions = kwargs.get("position_ids")
+    given = [kwargs.get("attention_mask"), kwargs.get("use_cache"), _cache(kwargs)]
+    planes = 0 if positions is None or positions.dim() != 3 else len(positions)
+    return planes == 4 and all(each is None for each in given)
 
 
 def _finds_packing(text: Any, kwargs: dict[str, Any]) -> bool:

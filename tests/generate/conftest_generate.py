@@ -103,6 +103,11 @@ def make_request(generator, images=1, length=12):
     return request
 
 
+def requests_of(seed, count=6, images=(0, 1, 1, 2)):
+    generator = torch.Generator().manual_seed(seed)
+    return [make_request(generator, images[i % len(images)]) for i in range(count)]
+
+
 QUESTIONS = ("Where is the liver?", "What is this?", "Describe the whole image, please.")
 
 

@@ -1,5 +1,6 @@
 """A run that was killed goes on, with the same bytes."""
 
+import copy
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from conftest_generate import (
 from clinkd.data.records import write_records
 from clinkd.generate import answer_records
 from clinkd.generate.journal import Journal
+from clinkd.models import apply
+from clinkd.rotary import PositionConfig
 
 
 class Killed(Exception):
@@ -69,6 +72,43 @@ def test_a_journal_of_another_model_is_not_taken_up(demo, processor, data):
     answer_records(demo, processor, records, root, root / "a.jsonl", **SETTINGS)
     answer_records(demo, processor, records, root, root / "b.jsonl", **SETTINGS)
     assert (root / "a.jsonl").read_bytes() == (root / "b.jsonl").read_bytes()
+
+
+def other_positions(processor):
+    return apply(make_demo(processor), PositionConfig("gap2")), processor
+
+
+def other_images(processor):
+    other = copy.deepcopy(processor)
+    other.image_processor.size = {"shortest_edge": 784, "longest_edge": 3136}
+    return make_demo(processor), other
+
+
+def other_template(processor):
+    other = copy.deepcopy(processor)
+    other.chat_template = other.chat_template.replace("assistant", "helper")
+    return make_demo(processor), other
+
+
+@pytest.mark.parametrize("change", [other_positions, other_images, other_template])
+def test_a_journal_of_other_inputs_is_not_taken_up(demo, processor, data, change):
+    """The weights are the same, and what they are shown is not."""
+    root, records = data
+
+    def stop(done, *_):
+        if done >= 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        answer_records(
+            *change(processor), records, root, root / "a.jsonl", **SETTINGS, progress=stop
+        )
+    answered = []
+    answer_records(
+        demo, processor, records, root, root / "a.jsonl", **SETTINGS,
+        progress=lambda done, *_: answered.append(done),
+    )  # fmt: skip
+    assert answered[0] == 0
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from clinkd import models
 from clinkd.errors import ConfigError
@@ -84,6 +85,14 @@ def test_mrope_with_a_video_equals_transformers(stock):
         )
     with pytest.raises(ConfigError, match="have no rule for videos"):
         models.apply(stock, PositionConfig("warm"))(**inputs)
+
+
+def test_a_video_in_a_packed_row_is_refused(build_model):
+    """Its tokens would be placed as if they were words."""
+    model = models.apply(build_model("qwen2_vl"), PositionConfig("mrope"))
+    ids = torch.tensor([[5, 12, 11, 11, 13, 7]])
+    with pytest.raises(ConfigError, match="packed rows have no rule for videos"):
+        models.packed_position_ids(model, ids, torch.zeros_like(ids))
 
 
 def test_warm_leaves_text_bit_identical(stock):
@@ -188,6 +197,27 @@ def test_load_without_saved_positions(build_model, tmp_path):
     assert models.positions_of(models.load(tmp_path, positions=gap).config) == gap
 
 
+def test_positions_come_from_where_the_weights_do(build_model, make_single, tmp_path):
+    """A hub name has revisions, a repository subfolders."""
+    gap = PositionConfig("gap2")
+    model = models.apply(build_model("qwen2_vl"), gap)
+    model.save_pretrained(tmp_path / "student")
+    models.apply(copy.deepcopy(model), PositionConfig("mrope")).config.save_pretrained(tmp_path)
+    again = models.load(tmp_path, subfolder="student")
+    assert models.positions_of(again.config) == gap
+    with torch.no_grad():
+        assert torch.equal(again(**make_single(1)).logits, model(**make_single(1)).logits)
+
+
+def test_missing_weights_are_not_made_up(build_model, tmp_path):
+    build_model("qwen2_vl").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 tensors are missing, such as .*up_proj\.weight"):
+        models.load(tmp_path)
+
+
 def test_apply_again_and_restore(stock, make_single):
     inputs = make_single(0)
     with torch.no_grad():
@@ -243,3 +273,13 @@ def test_a_model_saved_whole(stock, make_batch, tmp_path):
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_refused_model_is_left_as_it_was(stock, make_single):
+    inputs = make_single(0)
+    with torch.no_grad():
+        expected = stock(**inputs).logits
+        stock.model.visual.config.num_heads = 4  # heads of 8 components, too small for the op
+        with pytest.raises(ValueError, match="head_dim must be even and from 16"):
+            models.apply(stock, PositionConfig("warm"))
+        assert torch.equal(stock(**inputs).logits, expected)

@@ -89,7 +89,7 @@ def test_fused_runs_or_raises(build_model, make_single):
 def test_applied_again_and_restored(build_model, make_single, calls):
     model = build_model("qwen2_vl")
     text = model.model.language_model
-    for attention, hooks, runs in (("fused", 1, 4), ("auto", 1, 4), ("sdpa", 0, 0)):
+    for attention, hooks, runs in (("fused", 1, 4), ("auto", 1, 4), ("sdpa", 1, 0)):
         models.apply(model, PositionConfig("mrope"), attention=attention)
         again = copy.deepcopy(model)
         assert len(text._forward_pre_hooks) == hooks

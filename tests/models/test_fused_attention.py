@@ -189,6 +189,16 @@ def test_packed_equals_unpacked(build_model, make_single, family, preset, checkp
         close(parameter.grad / size, expected[name] / size)
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_packed_rows_need_no_word_of_the_cache(family, build_model, make_single, attention):
+    """transformers keeps one by default, and does not look for borders then."""
+    model = models.apply(build_model(family), PositionConfig("warm"), attention=attention)
+    rows = [make_single(0), make_single(1)]
+    with torch.no_grad():
+        alone = [model(**row).logits for row in rows]
+        close(model(**pack(model, rows)).logits, torch.cat(alone, dim=1))
+
+
 def test_packed_rows_of_a_batch(build_model):
     """Two rows of text, cut at unlike places; the stock model sees the same borders."""
     stock = build_model("qwen2_vl")
