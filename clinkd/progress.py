@@ -74,7 +74,8 @@ def stage_line(
 def results_table(metrics: Mapping[str, Any]) -> Table:
     """Models × tasks of `metrics.json`, baselines below, 95 % intervals beside the scores.
 
-    A score that is missing is shown as a dash; the last model is in bold type.
+    A score that is missing is a dash, as is an average over fewer tasks than another model has;
+    the last model is in bold type.
     """
     models: Mapping[str, Any] = metrics.get("models") or {}
     baselines: Mapping[str, Any] = metrics.get("baselines") or {}
@@ -110,7 +111,9 @@ def _cells(name: str, model: Mapping[str, Any], tasks: Mapping[str, str]) -> lis
     for task in tasks:
         result = (model.get("tasks") or {}).get(task) or {}
         cells.append(Text(_score(result.get("score")) + _interval(result.get("ci95"))))
-    return [*cells, Text(_score(model.get("average")))]
+    # over fewer tasks it is not to be set beside the others'
+    whole = tasks.keys() <= (model.get("tasks") or {}).keys()
+    return [*cells, Text(_score(model.get("average") if whole else None))]
 
 
 def _score(value: Any) -> str:

@@ -33,9 +33,12 @@ def models_by_task(models: Mapping[str, Mapping[str, Any]], *, published: bool =
         published: the paper's rows below, a dash where a figure could not be read.
     """
     rows: list[tuple[Cell, ...]] = []
+    asked = {task for model in models.values() for task in model["tasks"]}
     for name, model in models.items():
         results = [model["tasks"].get(task) for task in TASKS]
-        rows.append((str(model.get("label") or name), *map(_scored, results), model["average"]))
+        # over fewer tasks it is not to be set beside the others'
+        average = model["average"] if asked <= model["tasks"].keys() else None
+        rows.append((str(model.get("label") or name), *map(_scored, results), average))
     if published:
         for row in TABLE_1:
             rows.append((row.label, *(row.scores.get(task) for task in TASKS), row.mean))

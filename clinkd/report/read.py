@@ -97,7 +97,7 @@ def _document(run: Run, name: str) -> Row:
     try:
         text = path.read_text(encoding="utf-8")
         value = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         run.notices.append(f"{name} is damaged and left out: {_first_line(error)}.")
         return {}
     if not isinstance(value, dict):
@@ -120,7 +120,7 @@ def _lines(run: Run, name: str) -> list[Row]:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     row = None
                 if isinstance(row, dict):
                     rows.append(row)

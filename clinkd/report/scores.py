@@ -37,6 +37,10 @@ def results(metrics: Row) -> Row | None:
         return None
     everyone = [*known.values(), *baselines.values()]
     tasks = [t for t in TASKS if any(t in m["tasks"] for m in everyone)]
+    for model in everyone:
+        if any(task not in model["tasks"] for task in tasks):
+            model["average"] = None  # over fewer tasks: not to be set beside the others'
+    verdicts = metrics.get("verdicts")
     final = next((name for name in _FINAL if name in known), list(known)[-1])
     for name, model in known.items():
         model["final"] = name == final
@@ -50,7 +54,7 @@ def results(metrics: Row) -> Row | None:
         "metrics": {
             t: next(m["tasks"][t]["metric"] for m in everyone if t in m["tasks"]) for t in tasks
         },
-        "verdicts": [str(v) for v in metrics.get("verdicts") or []],
+        "verdicts": [str(v) for v in verdicts] if isinstance(verdicts, list) else [],
         "protocol": str(metrics.get("protocol") or ""),
         "method": _method(object_(metrics.get("settings"))),
     }

@@ -22,18 +22,20 @@ def selection(predictions: Sequence[Row], metrics: Row) -> list[Row]:
     rows = []
     for task, counted in _counted_selection(predictions).items():
         first, chosen, oracle = counted["scores"]
-        measure, own = "Recall@0.5" if task == "VG" else "token F1", False
+        measure, own, n = "Recall@0.5" if task == "VG" else "token F1", False, counted["n"]
         told = [number(object_(measured.get(task)).get(k)) for k in _SELECTION_KEYS]
         if told[0] is not None and told[1] is not None and told[2] is not None:
             first, chosen, oracle = told[0], told[1], told[2]
-            measure, own = _metric_name(metrics, task), True
+            scored = _scored(metrics, task)
+            # a question that failed has a score in the metrics, and no candidates to count
+            measure, own, n = scored.get("metric", "score"), True, scored.get("n") or n
         bars = (("first", first), ("final", chosen), ("oracle", oracle))
         rows.append(
             {
                 "task": task,
                 "measure": measure,
                 "own": own,
-                "n": counted["n"],
+                "n": n,
                 "first": first,
                 "chosen": chosen,
                 "oracle": oracle,
@@ -46,9 +48,9 @@ def selection(predictions: Sequence[Row], metrics: Row) -> list[Row]:
     return rows
 
 
-def _metric_name(metrics: Row, task: str) -> str:
+def _scored(metrics: Row, task: str) -> Row:
     known = models(metrics.get("models")).values()
-    return next((m["tasks"][task]["metric"] for m in known if task in m["tasks"]), "score")
+    return next((m["tasks"][task] for m in known if task in m["tasks"]), {})
 
 
 def _counted_selection(predictions: Sequence[Row]) -> dict[str, Row]:

@@ -3,11 +3,8 @@
 import difflib
 import re
 
-from clinkd.data.boxes import parse_boxes
+from clinkd.data.boxes import stated_boxes
 
-_BOX = re.compile(
-    r"<\|box_start\|>.*?<\|box_end\|>|<box>.*?</box>|\{[^{}]*\"bbox_2d\"[^{}]*\}", re.DOTALL
-)
 _MARKS = re.compile(r"<\|(?:object_ref|box|quad)_(?:start|end)\|>|</?(?:ref|box|quad)>")
 Piece = tuple[str, str]  # kind, text
 MOST_CHARACTERS = 1600  # of a text on the page: no answer is longer that was not let run on
@@ -40,13 +37,12 @@ def pieces(text: str, most: int = MOST_CHARACTERS) -> list[Piece]:
 def _pieces(text: str) -> list[Piece]:
     out: list[Piece] = []
     at = 0
-    for match in _BOX.finditer(text):
-        boxes = parse_boxes(match.group())
-        if boxes:
-            _add(out, text[at : match.start()])
-            x1, y1, x2, y2 = boxes[0]
-            out.append(("box", f"{x1:g}, {y1:g} – {x2:g}, {y2:g}"))
-            at = match.end()
+    for box in stated_boxes(text):
+        _add(out, text[at : box.start])
+        x1, y1, x2, y2 = box.corners
+        left, top, right, bottom = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+        out.append(("box", f"{left:g}, {top:g} – {right:g}, {bottom:g}"))
+        at = box.end
     _add(out, text[at:])
     return out
 

@@ -39,7 +39,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> Pre
 
     Raises:
         SetupError: peft is not installed.
-        ConfigError: `targets` fits no module.
+        ConfigError: `targets` fits no module, or one that shares its weights with another.
     """
     if config.kind == "none":
         return model
@@ -55,14 +55,28 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> Pre
         lora_dropout=config.dropout,
         target_modules=config.targets,
     )
+    shared = _shared_modules(model)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)  # the same start on every rank and in every try
     try:
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(f"model.adapter.targets: {error}") from None
     finally:
         torch.random.set_rng_state(state)
+    if wrong := sorted(shared & set(adapted.base_model.targeted_module_names)):
+        raise ConfigError(
+            f"model.adapter.targets fits {wrong[0]}, but {' and '.join(sorted(shared))} share "
+            "their weights: merged, the adapter of one would change the other as well"
+        )
+    return adapted
+
+
+def _shared_modules(model: PreTrainedModel) -> set[str]:
+    """Names of the embeddings and the head where they are tied, else nothing."""
+    weight = model.get_input_embeddings().weight
+    names = {name for name, m in model.named_modules() if getattr(m, "weight", None) is weight}
+    return names if len(names) > 1 else set()
 
 
 def inner_model(model: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from clinkd.data.files import sync_folder, sync_tree
 from clinkd.errors import SetupError
 from clinkd.train.adapter import trained_state
-from clinkd.train.manifest import publish, seal
+from clinkd.train.manifest import checkpoints, publish, seal
 from clinkd.train.parallel import any_rank
 
 
@@ -172,7 +172,7 @@ def _reason(error: Exception) -> object:
 
 def _prune(root: Path, keep: int | None, best: int | None) -> None:
     """Keep the last checkpoints, and that of the best step where a held-out loss says which."""
-    steps = sorted(int(path.name.rsplit("-", 1)[1]) for path in root.glob("checkpoint-*"))
-    for step in steps[: -(keep or len(steps))]:
+    found = checkpoints(root)
+    for step, path in list(found.items())[: -(keep or len(found))]:
         if step != best:
-            shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from clinkd.errors import SetupError
 
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
+_NAME = re.compile(r"checkpoint-[0-9]+")
 
 
 def seal(folder: Path, made_by: dict[str, Any]) -> None:
@@ -56,14 +58,23 @@ def fault_of(checkpoint: Path) -> str | None:
     return None
 
 
+def checkpoints(root: Path) -> dict[int, Path]:
+    """The checkpoints by step, in order; a copy put aside under another name is none."""
+    found = {
+        int(path.name.removeprefix("checkpoint-")): path
+        for path in root.glob("checkpoint-*")
+        if _NAME.fullmatch(path.name) and path.is_dir()
+    }
+    return dict(sorted(found.items()))
+
+
 def latest_whole(root: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from: LATEST's, or the newest that is whole; and what is wrong.
 
     Raises:
         SetupError: there are checkpoints, and none is whole.
     """
-    steps = {int(p.name.rsplit("-", 1)[1]): p for p in root.glob("checkpoint-*") if p.is_dir()}
-    candidates = [steps[step] for step in sorted(steps, reverse=True)]
+    candidates = list(reversed(checkpoints(root).values()))
     if (root / LATEST).is_file():
         name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
         candidates.sort(key=lambda path: path.name != name)

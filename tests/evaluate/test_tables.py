@@ -55,6 +55,13 @@ def test_every_format_holds_the_same_numbers():
         render(table, "xls")
 
 
+def test_an_average_over_fewer_tasks_is_a_dash():
+    one, two = model(20), model(20)
+    two["tasks"]["RC"] = {**two["tasks"]["ROC"], "metric": "SPICE"}
+    found = models_by_task({"x": one, "y": two})
+    assert [row[-1] for row in found.rows] == [None, 50.0]
+
+
 def test_modalities_have_their_columns():
     table = tasks_by_modality(model(21))
     assert table.columns == ("Task", "ct", "mr", "Mean of the row", "Score")

@@ -66,6 +66,15 @@ def test_numbers_are_those_of_the_metrics(run: Path) -> None:
     assert "One rule differs from another." in text
 
 
+def test_an_average_of_fewer_tasks_does_not_stand_beside_the_others(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    metrics["baselines"]["mean_box"]["average"] = 77.7
+    (run / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    text = words_of(page_of(run))
+    assert "77.7" not in text
+    assert "Mean box 37.7 34.3–41.6 – – – –" in text
+
+
 def test_the_papers_figures_stand_beside_the_runs(run: Path) -> None:
     words = words_of(page_of(run))
     assert "Models by task, beside the paper" in words
@@ -91,7 +100,8 @@ def test_a_cell_of_an_ablation_shows_the_grid(run: Path, tmp_path: Path) -> None
 
 def test_selection_is_told_in_the_metrics_own_figures(run: Path) -> None:
     text = words_of(page_of(run))
-    assert "VG Recall@0.5, 18 questions first beam 40.0 chosen 42.5 +2.5" in text
+    # 207 have a score; how many of them had candidates to choose from is another number
+    assert "VG Recall@0.5, 207 questions first beam 40.0 chosen 42.5 +2.5" in text
     assert "best of all 61.0 +18.5 left" in text
 
 
@@ -205,7 +215,9 @@ def test_a_missing_file_is_said(run: Path, name: str, told: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "run.json", "config.yaml"])
-@pytest.mark.parametrize("content", ['{"models": {"base": ', "[1, 2]", ": : {", "\x00"])
+@pytest.mark.parametrize(
+    "content", ['{"models": {"base": ', "[1, 2]", ": : {", "\x00", "[" * 100_000]
+)
 def test_a_damaged_file_is_said(run: Path, name: str, content: str) -> None:
     (run / name).write_text(content, encoding="utf-8")
     assert f"{name} is" in words_of(page_of(run))
@@ -227,8 +239,8 @@ def test_an_unfinished_stage_is_said(run: Path) -> None:
 
 def test_a_line_cut_in_half_is_counted(run: Path) -> None:
     with open(run / "predictions.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"id": "cut", "ima')
-    assert "predictions.jsonl: 1 damaged line left out." in words_of(page_of(run))
+        file.write("[" * 100_000 + "\n" + '{"id": "cut", "ima')
+    assert "predictions.jsonl: 2 damaged lines left out." in words_of(page_of(run))
 
 
 def test_a_missing_image_is_said_on_its_card(run: Path, tmp_path: Path) -> None:
@@ -269,6 +281,13 @@ def test_odd_metrics_do_not_break_the_page(run: Path, value: object) -> None:
     text = json.dumps({"models": value, "baselines": value, "selection": value, "settings": value})
     (run / "metrics.json").write_text(text, encoding="utf-8")
     assert "Settings and versions" in words_of(page_of(run))
+
+
+@pytest.mark.parametrize("value", [None, 3, True, {"a": 1}])
+def test_odd_verdicts_do_not_break_the_page(run: Path, value: object) -> None:
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    (run / "metrics.json").write_text(json.dumps(metrics | {"verdicts": value}), encoding="utf-8")
+    assert "Scores" in words_of(page_of(run))
 
 
 def test_images_shrink_until_the_page_fits(

@@ -204,6 +204,16 @@ def test_scheme_changes_the_colours(page: Page, run: Path) -> None:
     assert page.evaluate(background) != light
 
 
+def test_paper_is_light_where_the_screen_is_dark(page: Page, run: Path) -> None:
+    page.open(build_report(run), 1440, 900, dark=True)
+    dark = {"name": "prefers-color-scheme", "value": "dark"}
+    page.call("Emulation.setEmulatedMedia", media="print", features=[dark])
+    colours = "(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))"
+    found = page.evaluate(colours)
+    page.call("Emulation.setEmulatedMedia", media="", features=[])
+    assert found == ["rgb(20, 37, 44)", "rgb(255, 255, 255)"]
+
+
 def test_filters_choose_cards(page: Page, run: Path) -> None:
     page.open(build_report(run), 1440, 900)
     first = page.evaluate(f"{VISIBLE}.length")
@@ -267,3 +277,19 @@ def test_a_hostile_run_does_nothing(page: Page, run: Path) -> None:
     assert page.evaluate("window.hit") is None
     assert page.complaints() == []
     assert page.evaluate(OVERFLOW) <= 0
+
+
+def test_absurd_coordinates_wrap(page: Page, run: Path) -> None:
+    corner = "(-123456789.5,-123456789.5)"
+    answer = f"<|box_start|>{corner},{corner}<|box_end|>"
+    lines = (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    text = "".join(json.dumps(json.loads(line) | {"response": answer}) + "\n" for line in lines)
+    (run / "predictions.jsonl").write_text(text, encoding="utf-8")
+
+    page.open(build_report(run), 390, 844)
+    chips = "[...document.querySelectorAll('.shot .box-text')].filter(c => c.offsetParent)"
+    inside = (
+        "c => c.getBoundingClientRect().right <= c.closest('.shot').getBoundingClientRect().right"
+    )
+    assert page.evaluate(f"{chips}.length") > 0
+    assert page.evaluate(f"{chips}.every({inside})")

@@ -104,6 +104,11 @@ def test_pieces_turn_boxes_into_labels() -> None:
         ("text", "."),
     ]
     assert pieces("<ref>liver</ref>") == [("text", "liver")]
+    # a box that is cut off takes no words with it
+    assert pieces(f"<|box_start|>(1,2 and a liver {BOX}") == [
+        ("text", "(1,2 and a liver "),
+        ("box", "100, 100 – 300, 300"),
+    ]
     assert pieces("<|box_start|>broken<|box_end|>")[0][0] == "text"
     assert pieces("  ") == []
 

@@ -124,6 +124,9 @@ def test_frozen_weights_in_four_bits(tmp_path, records, processor):
 def test_what_cannot_be_had(processor, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.adapter\.targets"):
         add_adapter(make_model(processor), LORA.model_copy(update={"targets": "nothing"}), 0)
+    for targets in (".*lm_head", ".*embed_tokens"):  # one tensor, which a merge would change twice
+        with pytest.raises(ConfigError, match="share their weights"):
+            add_adapter(make_model(processor), LORA.model_copy(update={"targets": targets}), 0)
     monkeypatch.setattr("clinkd.train.adapter.find_spec", lambda name: None)
     with pytest.raises(SetupError, match=r"pip install clinkd\[qlora\]"):
         quantisation(AdapterConfig(kind="qlora"))

@@ -196,6 +196,13 @@ def test_request_and_reply(server, make):
     }
 
 
+def test_a_proxy_does_not_come_between_this_machine_and_itself(server, make, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # would see the key in the clear
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert make(key=KEY, max_tries=1).complete(MESSAGES).text == "fine"
+    assert server.seen[0][0] == "/v1/chat/completions"
+
+
 def test_no_key_no_header(server, make):
     make().complete(MESSAGES)
     assert "Authorization" not in server.seen[0][1]
@@ -224,6 +231,12 @@ def test_passing_trouble_is_survived(server, make, clock, trouble):
     assert make().complete(MESSAGES).text == "fine"
     assert len(server.seen) == 3
     assert clock.pauses == [1.0, 2.0]  # the limit of the jitter, doubled
+
+
+def test_an_error_under_status_200_is_told(server, make):
+    server.script = [says({"error": {"code": 502, "message": f"no host for {KEY}"}})]
+    with pytest.raises(CallFailed, match=r"chat completion: no host for \*\*\*; gave up after 1"):
+        make(key=KEY, max_tries=1).complete(MESSAGES)
 
 
 @pytest.mark.parametrize("trouble", [silent, drip])
@@ -397,7 +410,8 @@ def test_budget_knows_what_was_spent_before_and_counts_tries(server, make):
 
 
 def test_usage_that_is_missing_or_absurd_is_estimated(server, make):
-    for usage in (None, [], {"prompt_tokens": -1, "completion_tokens": True}):
+    absurd = {"prompt_tokens": -1, "completion_tokens": True}
+    for usage in (None, absurd, {"prompt_tokens": 10**400, "completion_tokens": 10**400}):
         server.script.append(says(completion("a") | {"usage": usage}))
     client = make()
     for _ in range(3):
@@ -405,7 +419,7 @@ def test_usage_that_is_missing_or_absurd_is_estimated(server, make):
 
 
 def test_content_in_parts_and_refusals(server, make):
-    parts = completion([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, None])
+    parts = completion([{"type": "text", "text": "a"}, {"text": "b"}, {"text": [1]}, None])
     refusal = completion(None)
     refusal["choices"][0]["message"]["refusal"] = "no"
     server.script = [says(parts), says(refusal), says(completion(None, finish="length"))]
@@ -454,6 +468,9 @@ def test_estimate_of_images_and_other_scripts():
         ({"url": "https://host/v1?key=secret"}, "without"),
         ({"url": "http://[::1"}, "not a URL"),
         ({"url": "http://host:99999/v1"}, "not a URL"),
+        ({"url": "https://a..b/v1"}, "not a URL"),
+        ({"url": "https://host/v 1"}, "not a URL"),
+        ({"url": "https://host/vé"}, "not a URL"),
         ({"url": "http://example.org/v1", "key_env": "K"}, "unencrypted"),
         ({"key_env": "sk-secret-123"}, "name of an environment variable"),
         ({"max_cost": 1.0}, "needs input_price"),
@@ -470,6 +487,9 @@ def test_settings(settings, message):
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/v1", "http://localhost/v1", "https://h/v1"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:8000/v1", "http://localhost/v1", "http://[::1]:80/v1", "https://hé/v1"],
+)
 def test_settings_that_are_fine(url):
     assert CorrectorSettings(kind="endpoint", url=url, model="m", key_env="MY_KEY").url == url

@@ -1,6 +1,7 @@
 """Rate limits over time, and the cache of replies over crashes."""
 
 import json
+import resource
 import threading
 
 import pytest
@@ -157,6 +158,21 @@ def test_files_that_cannot_be_used(tmp_path):
         ReplyCache(tmp_path / "none.jsonl", read_only=True)
     with pytest.raises(SetupError, match="cannot be used: Is a directory"):
         ReplyCache(tmp_path)
+
+
+def test_a_full_disk_is_told_and_loses_one_line_at_most(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    with ReplyCache(path) as cache:
+        cache.put("a", StoredReply("A"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        with pytest.raises(SetupError, match="cannot be written"), ReplyCache(path) as cache:
+            cache.put("b", StoredReply("B"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with ReplyCache(path) as cache:
+        assert (cache.get("a"), len(cache)) == (StoredReply("A"), 1)
 
 
 def test_keys_depend_on_everything():

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -149,6 +151,19 @@ def test_nothing_is_paid_for_twice(endpoint, make):
     # another question, another model setting: another reply
     make(temperature=0.5).correct([ROC])
     assert len(endpoint.seen) == 4
+
+
+def test_cases_that_differ_in_an_image_not_sent_are_one_call(endpoint, make):
+    def slow(fields):  # so that the calls would be under way at once
+        time.sleep(0.05)
+        return json.dumps({"corrected": fields["truth"]})
+
+    endpoint.model = slow
+    cases = [replace(ROC, id=str(i), images=(f"{i}.png",)) for i in range(4)]
+    with pytest.raises(DryRun, match="1 of 1 replies"):
+        make(dry_run=True).correct(cases)
+    assert make().correct(cases) == [Reply(ROC.truth)] * 4
+    assert len(endpoint.seen) == 1
 
 
 def test_offline_calls_nobody(endpoint, make):
@@ -330,6 +345,18 @@ def test_replies_that_can_be_read(text):
 )
 def test_replies_as_text(text):
     assert prompt.read_reply(text, CASE, "text") == Reply(f"The left femur: {BOX}.")
+
+
+def test_a_finding_that_begins_like_a_label_stays():
+    text = "Correct placement of the catheter."
+    assert prompt.read_reply(text, ROC, "text") == Reply(text)
+
+
+def test_lines_are_kept_where_the_truth_has_some():
+    reply = json.dumps({"corrected": "Left femur.\n- large"})
+    assert prompt.read_reply(reply, ROC) == Reply("Left femur. - large")
+    case = replace(ROC, truth="Left femur.\n- large")
+    assert prompt.read_reply(reply, case) == Reply("Left femur.\n- large")
 
 
 def test_marks_of_several_boxes():

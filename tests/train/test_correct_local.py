@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -84,6 +85,18 @@ def test_a_restart_writes_nothing_again(tiny, tmp_path):
     assert again._model is None  # not even loaded
     assert cache.read_bytes() == before
     assert first[0] == first[2]
+
+
+def test_other_weights_of_the_same_size_are_another_model(tiny, tmp_path):
+    folder, cache = tmp_path / "model", tmp_path / "replies.jsonl"
+    copytree(tiny, folder)
+    LocalCorrector(settings(folder), cache=cache).correct(CASES)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(folder)
+    again = LocalCorrector(settings(folder), cache=cache)
+    again.correct(CASES)
+    assert again.summary() == "2 replies written, 0 from the cache"
 
 
 def test_endless_replies_are_told_from_finished_ones(tiny, tmp_path):

@@ -39,6 +39,16 @@ RC = (
         ("It is an MR image of the head.", "It is a CT image of the pelvis.", None),
         ("This is a tumour.", "An enlarged node.", "This is an enlarged node."),
         ("This is an MR image.", "CT image.", "This is a CT image."),
+        # the article is the truth's own, else after its sound
+        ("This is a CT image.", "It is an MR image.", "This is an MR image."),
+        ("This is a CT image.", "X-ray image.", "This is an X-ray image."),
+        ("It is a CT image.", "T1-weighted image.", "It is a T1-weighted image."),
+        ("It is an aorta.", "The urinary bladder.", "It is a urinary bladder."),
+        ("It is a spleen.", "Axial plane.", "It is an axial plane."),
+        # a sign belongs to its number
+        ("The density is 20 HU.", "The density is -20 HU.", None),
+        ("It is -20 HU here.", "The density is 20 HU.", None),
+        ("It is >5 mm.", "It is <5 mm.", None),
         # several pieces, each between the same words
         (
             "This is the liver, a small structure in the lower part of the image. It is brighter "
@@ -59,6 +69,16 @@ RC = (
         # number of the verb
         (f"Here is the kidney: {WRONG}.", f"The kidneys are at {BOX}{BOX}.", None),
         (f"Here are the lungs: {WRONG}.", f"The kidneys are at {BOX}{BOX}.", "K"),
+        ("It is a liver.", "Lungs.", None),
+        ("This is the spleen.", "Caudate nuclei.", None),
+        ("This is the spleen.", "Pancreas.", "This is the pancreas."),
+        ("Here are livers.", "Lungs.", "Here are lungs."),
+        ("It is ill.", "This is a liver.", None),
+        ("This is the spleen.", "1. Liver", None),
+        # no article before another determiner, no question for a statement
+        ("This is the liver.", "No lesion.", None),
+        ("The spleen is seen.", "No lesion is seen.", None),
+        ("Is this the liver?", "This is the liver.", None),
         ("", RC, None),
         ("\0\0", RC, None),
     ],
@@ -69,6 +89,15 @@ def test_rewrite(answer, truth, expected):
     elif expected is None and truth.startswith("It is a CT"):
         expected = "It is a CT image of the pelvis."
     assert rewrite(answer, truth) == (truth if expected is None else expected)
+
+
+def test_lines_of_the_truth_stay_lines():
+    truth = f"Findings:\n- liver {BOX}\n  - spleen\n\nThis is a CT image. It is normal."
+    assert rewrite("", truth) == truth
+    assert rewrite("It is ill.", truth) == truth
+    assert rewrite("Here is a liver.", truth.split("This")[0]) == truth.split("This")[0]
+    answer = "The image is an MR image."
+    assert rewrite(answer, truth) == truth.replace("This is a CT", "The image is a CT")
 
 
 def test_roles_do_not_swap():
@@ -95,8 +124,8 @@ def test_answers_of_a_batch_come_in_order_and_progress_is_told():
     assert told == [(3, 3, "correcting")]
 
 
-PLAIN = "the a is at left right colon femur small large next to in of image it shows no 3"
-MARKS = (BOX, WRONG, "(1,2),(3,4)", "<|im_end|>", ".", ",", "\0")
+PLAIN = "the a is at left right colon femur small large next to in of image it shows no 3 -3"
+MARKS = (BOX, WRONG, "(1,2),\n(3,4)", "(1,2),(3,4)", "<|im_end|>", ".", ",", "\0", "\n")
 WORDS = st.sampled_from([*PLAIN.split(), *MARKS])
 TEXTS = st.lists(WORDS, max_size=14).map(" ".join)
 

@@ -10,6 +10,7 @@ from clinkd.train.checkpoint import _prune
 from clinkd.train.manifest import (
     LATEST,
     MANIFEST,
+    checkpoints,
     fault_of,
     latest_whole,
     publish,
@@ -39,6 +40,19 @@ def test_sealed_and_published(tmp_path):
     assert (tmp_path / LATEST).read_text() == "checkpoint-2\n"
     save(tmp_path, 10)
     assert latest_whole(tmp_path) == (tmp_path / "checkpoint-10", [])
+
+
+def test_copies_put_aside_are_no_checkpoints(tmp_path):
+    folder = save(tmp_path, 10)
+    for name in ("checkpoint-10-backup", "checkpoint-old-10", "checkpoint-99 (copy)"):
+        shutil.copytree(folder, tmp_path / name)
+    assert latest_whole(tmp_path) == (folder, [])
+    assert checkpoints(tmp_path) == {10: folder}
+    save(tmp_path, 20)
+    _prune(tmp_path, 1, None)
+    assert sorted(path.name for path in tmp_path.glob("c*")) == [
+        "checkpoint-10-backup", "checkpoint-20", "checkpoint-99 (copy)", "checkpoint-old-10",
+    ]  # fmt: skip
 
 
 DAMAGES = {

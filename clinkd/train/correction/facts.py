@@ -36,9 +36,23 @@ OPPOSITES: tuple[frozenset[str], ...] = tuple(
     )
 )
 _NEGATIONS = frozenset({"no", "not", "none", "never", "without", "neither", "nor", "cannot"})
-_NUMBER = re.compile(r"[0-9]+(?:[.,][0-9]+)?")
-_COUNT_WORDS = "two three four five six seven eight nine ten eleven twelve"  # "one" is a pronoun
-_NUMBER_WORDS = {word: str(value) for value, word in enumerate(_COUNT_WORDS.split(), start=2)}
+# with its sign and its unit: 20 is not -20, < 5 not > 5, 3 mm not 3 cm
+_NUMBER = re.compile(
+    r"([<>≤≥]?)\s*((?<![^\s(<>≤≥])[-−])?([0-9]+(?:[.,][0-9]+)?|\.[0-9]+)"
+    r"(?:[\s-]*(%|(?:mm|cm|m|ml|cc|l|mg|g|kg|hu)\b))?"
+)
+_COUNT_WORDS = """
+    two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty
+"""  # "one" is a pronoun
+_ORDINALS = "second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
+_ROMAN = "ii iii iv v vi vii viii ix"
+_TENS = "thirty forty fifty sixty seventy eighty ninety hundred"
+_NUMBER_WORDS = {
+    word: str(value)
+    for row in (_COUNT_WORDS, _ORDINALS, _ROMAN)
+    for value, word in enumerate(row.split(), start=2)
+} | {word: str(10 * value) for value, word in enumerate(_TENS.split(), start=3)}
 _WORD = re.compile(r"[^\W\d_]+(?:['’]t)?")
 MARKUP = re.compile(r"<\|[^<>|]{0,40}\|>|</?[a-zA-Z_]{1,20}/?>")
 
@@ -63,10 +77,16 @@ def words(text: str) -> list[str]:
 
 
 def numbers(text: str) -> set[str]:
-    """Numbers outside boxes, digits or words, in one form: `3.0`, `3` and `three` are the same."""
+    """Numbers outside boxes, digits or words, in one form: `3.0`, `3` and `three` are the same.
+
+    One with a unit stands there twice, with it and without: a unit may be left out, not changed.
+    """
     text = plain(text)
-    digits = {f"{float(n.replace(',', '.')):g}" for n in _NUMBER.findall(text)}
-    return digits | {_NUMBER_WORDS[w] for w in _WORD.findall(text) if w in _NUMBER_WORDS}
+    found = {_NUMBER_WORDS[word] for word in _WORD.findall(text) if word in _NUMBER_WORDS}
+    for compared, sign, digits, unit in _NUMBER.findall(text):
+        value = f"{compared}{'-' * bool(sign)}{float(digits.replace(',', '.')):.15g}"
+        found |= {value, f"{value} {unit}".strip()}
+    return found
 
 
 def sides(text: str) -> frozenset[str]:

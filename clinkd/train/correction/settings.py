@@ -85,6 +85,10 @@ def _check_url(url: str, has_key: bool) -> None:
     try:
         parts = urlsplit(url)
         port_is_fine = parts.port is None or parts.port > 0
+        # what every call would stumble over
+        (parts.hostname or "").encode("idna")
+        if not parts.path.isascii() or " " in url or not url.isprintable():
+            raise ValueError
     except ValueError:
         raise ValueError("url is not a URL") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
@@ -93,11 +97,11 @@ def _check_url(url: str, has_key: bool) -> None:
         raise ValueError("url must not hold a name or password; use key_env")
     if parts.query or parts.fragment:
         raise ValueError("url must end with its path, without '?' and '#'")
-    if has_key and parts.scheme == "http" and not _is_here(parts.hostname):
+    if has_key and parts.scheme == "http" and not is_here(parts.hostname):
         raise ValueError("a key would travel unencrypted: use https, or leave key_env out")
 
 
-def _is_here(host: str) -> bool:
+def is_here(host: str) -> bool:
     """Whether a host is this machine."""
     if host == "localhost":
         return True

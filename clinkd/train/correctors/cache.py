@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -71,7 +72,8 @@ class ReplyCache:
     def close(self) -> None:
         """Let other processes write the file."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what a full disk did not take was told when it was written
+                self._file.close()
             self._file = None
 
     def get(self, key: str) -> StoredReply | None:
@@ -117,7 +119,7 @@ class ReplyCache:
                 if "lost" not in row:
                     reply = StoredReply(row["text"], row["finish"], row["model"], paid)
                     self._replies[str(row["key"])] = reply
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise DataError(
                     f"{self.path}:{number}: not a line of a cache of replies; mend or remove it"
                 ) from None

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from clinkd._version import __version__
 from clinkd.errors import SetupError
-from clinkd.train.correction.settings import CorrectorSettings
+from clinkd.train.correction.settings import CorrectorSettings, is_here
 from clinkd.train.correctors.limits import (
     Breaker,
     Budget,
@@ -75,7 +75,11 @@ class ChatClient:
         self._budget = Budget(settings, spent or Spending())
         self._breaker = Breaker(settings.max_failures, self._host)
         self._on_loss = on_loss
-        self._opener = urllib.request.build_opener(NoRedirects)
+        handlers: list[Any] = [NoRedirects]
+        if is_here(urlsplit(settings.url).hostname or ""):
+            # a proxy is another machine, which would read key and texts in the clear
+            handlers.append(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(*handlers)
 
     @property
     def spent(self) -> Spending:
@@ -170,7 +174,7 @@ class ChatClient:
         deadline = time.monotonic() + timeout
         try:
             with self._opener.open(request, timeout=timeout) as response:
-                return read_completion(read_body(response, deadline), most)
+                return read_completion(read_body(response, deadline), most, self._key)
         except urllib.error.HTTPError as error:
             with error:
                 self._refused(error.code, error.headers, read_error(error, deadline))

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from clinkd.data.files import sha256_file
 from clinkd.errors import SetupError
 from clinkd.train.correction.settings import CorrectorSettings
 from clinkd.train.correctors import Case, Progress, Reply, prompt
@@ -43,11 +44,7 @@ class LocalCorrector:
         if is_gguf and find_spec("gguf") is None:
             raise SetupError(f"{settings.model} needs the package gguf: pip install gguf")
         self.name = f"local:{self._path.name}, prompt {prompt.VERSION}"
-        self._identity = [
-            (file.name, file.stat().st_size)
-            for file in ([self._path] if is_gguf else sorted(self._path.iterdir()))
-            if file.is_file()
-        ]
+        self._identity: list[tuple[str, str]] = []
         self._written = self._stored = 0
 
     def summary(self) -> str:
@@ -55,6 +52,10 @@ class LocalCorrector:
 
     def correct(self, cases: Sequence[Case], progress: Progress | None = None) -> list[Reply]:
         """A reply for each case; different cases of like length go through the model together."""
+        # by content: a model that is trained on keeps its name and its size
+        is_gguf = self._path.suffix == _GGUF
+        files = [self._path] if is_gguf else sorted(self._path.iterdir())
+        self._identity = [(file.name, sha256_file(file)) for file in files if file.is_file()]
         names = {case: self._name(case) for case in cases}
         with ReplyCache(self._cache_path) as cache:
             missing = {names[c]: c for c in cases if cache.get(names[c]) is None}

@@ -79,8 +79,13 @@ class EndpointCorrector:
             SetupError: key, quota or address refused, or nothing but failures; replies so far are
                 in the cache.
         """
-        different = [*dict.fromkeys(replace(case, id="") for case in cases)]
         settings = self._settings
+        # as the model sees them: calls under way at once must not be for one and the same
+        seen = [
+            replace(case, id="", images=case.images if settings.send_images else ())
+            for case in cases
+        ]
+        different = [*dict.fromkeys(seen)]
         if settings.dry_run and not self._cache_path.exists():
             raise DryRun(self._estimate(different, None))
         with ReplyCache(self._cache_path, read_only=settings.offline or settings.dry_run) as cache:
@@ -93,7 +98,7 @@ class EndpointCorrector:
                 self._spent = cache.spent
                 self._asked += work.asked
                 self._stored += work.stored
-        return [replies[replace(case, id="")] for case in cases]
+        return [replies[case] for case in seen]
 
     def _estimate(self, cases: Sequence[Case], cache: ReplyCache | None) -> str:
         """One sentence on what is still to pay, at most."""

@@ -18,7 +18,7 @@ Style = Literal["json", "text"]
 MAX_REPLY = 8000  # characters
 _MARK = re.compile(r"\[BOX([0-9]{1,3})\]")
 _LEFT_OVER = re.compile(r"\[BOX[0-9]*\]")
-_LABEL = re.compile(r"^(?:the )?correct(?:ed)?(?: answer)?(?: is)?:?\s+", re.IGNORECASE)
+_LABEL = re.compile(r"^(?:the )?correct(?:ed)?(?: answer)?(?: is:?|:)\s+", re.IGNORECASE)
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _RULES = (
     "You correct the answers of a medical vision model. Rewrite the student's answer so that it "
@@ -72,7 +72,8 @@ def read_reply(text: str, case: Case, style: Style = "json") -> Reply:
     if found is None or not found.strip():
         return Reply(None, "the reply is not what was asked for")
     boxes = _texts_of_boxes(case.truth)
-    answer = _MARK.sub(lambda mark: _box(mark, boxes), " ".join(found.split()))
+    text = found.strip() if "\n" in case.truth else " ".join(found.split())  # lines as in the truth
+    answer = _MARK.sub(lambda mark: _box(mark, boxes), text)
     if odd := _LEFT_OVER.search(answer):
         return Reply(None, f"the reply has {odd[0]}, a mark that the truth lacks")
     return Reply(answer)

@@ -10,11 +10,17 @@ from clinkd.train.correction.facts import MARKUP, contradiction, without_boxes
 from clinkd.train.correctors import Case, Progress, Reply
 
 _SLOT = "\0"  # stands for a box, or several in a row, while sentences are compared
-_SENTENCE = re.compile(r"(?<=[.!?])\s+")
-_TOKEN = re.compile(rf"{_SLOT}|[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]")
+_SENTENCE = re.compile(r"(?<=[.!?])(?<!^[0-9]\.)\s+")  # "1. Liver" is one
+_DIGITS = r"[0-9]+(?:[.,-][0-9]+)*"
+_TOKEN = re.compile(
+    rf"{_SLOT}|[<>≤≥±]\s?[+−-]?{_DIGITS}%?|(?<![\w.])[+−-]{_DIGITS}%?|{_DIGITS}\s?%"
+    r"|[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]"
+)  # a sign belongs to its number: -20 is not 20
 _CLOSED = re.compile(r"[.!?]$")
 _VERB_WORDS = "is are was were lies lie shows show contains contain depicts find see has have"
 _PLURAL_WORDS = "are were lie show contain have"
+_PLURAL_NAME = re.compile(r"(?:[^aius]s|ae|i)$")  # lungs, vertebrae, nuclei; not pelvis, pancreas
+_DETERMINER_WORDS = "no both all each every some several many multiple two three four"
 _OTHER_WORDS = """
     a an the this that these it its in of at on to and by with as than which there here can be you
     we i one located found seen shown visible situated image picture scan region area box structure
@@ -22,8 +28,13 @@ _OTHER_WORDS = """
 """
 _VERBS = frozenset(_VERB_WORDS.split())
 _PLURAL = frozenset(_PLURAL_WORDS.split())
+_DETERMINERS = frozenset(_DETERMINER_WORDS.split())
 # words that frame a statement and add nothing to it; all others are its content
 _FRAME = _VERBS | frozenset(_OTHER_WORDS.split())
+# for want of an article in the truth: a vowel's sound (a urinary bladder), or a letter's name (MR)
+_TAKES_AN = re.compile(
+    r"(?![Uu](?:ni|ri|re|te)|[Ee]u)[AEIOUaeiou]|[FHLMNRSX][A-Z]{0,2}(?![A-Za-z])"
+)
 
 
 class RuleCorrector:
@@ -51,10 +62,16 @@ class RuleCorrector:
 
 def rewrite(answer: str, truth: str) -> str:
     """The truth, sentence by sentence, in the answer's words where those can carry it."""
-    boxes = _box_texts(truth)
+    if any("\n" in truth[box.start : box.end] for box in stated_boxes(truth)):
+        return truth
     mine = [_parse(s) for s in _sentences(answer) if _sound(s)]
-    out = []
-    for text in _sentences(truth):
+    return "\n".join(_rewritten(mine, line) for line in truth.split("\n"))
+
+
+def _rewritten(mine: "list[_Sentence]", line: str) -> str:
+    """A line of the truth; the sentences of the student's that it takes up leave `mine`."""
+    out, sentences = [], _sentences(line)
+    for text in sentences:
         true = _parse(text)
         kept = next((m for m in mine if _agrees(m, true)), None)
         if kept is not None:
@@ -68,7 +85,7 @@ def rewrite(answer: str, truth: str) -> str:
             out.append(new)
         else:
             out.append(text)
-    return _fill(" ".join(out), boxes)
+    return line if out == sentences else _fill(" ".join(out), _box_texts(line))
 
 
 class _Run(NamedTuple):
@@ -77,6 +94,7 @@ class _Run(NamedTuple):
     start: int
     end: int
     before: str  # empty at the start; `an` counts as `a`
+    article: str  # a, an or empty
     after: str = ""
 
 
@@ -94,7 +112,7 @@ class _Sentence(NamedTuple):
 
 
 def _is_content(token: str) -> bool:
-    return token not in _FRAME and token[0].isalnum()
+    return token not in _FRAME and any(sign.isalnum() for sign in token)
 
 
 def _parse(text: str) -> _Sentence:
@@ -108,7 +126,8 @@ def _parse(text: str) -> _Sentence:
         if content and inside:
             runs[-1] = runs[-1]._replace(end=match.end())
         elif content:
-            runs.append(_Run(match.start(), match.end(), "a" if before == "an" else before))
+            article = before if before in ("a", "an") else ""
+            runs.append(_Run(match.start(), match.end(), article[:1] or before, article))
         elif inside:
             runs[-1] = runs[-1]._replace(after=token)
         inside, before = content, token
@@ -157,12 +176,18 @@ def _sound(sentence: str) -> bool:
 
 
 def _same_build(mine: _Sentence, true: _Sentence) -> bool:
-    """As many boxes, a verb where the truth has one, and of the same number."""
+    """As many boxes, no question for a statement, a verb where the truth has one, of one number.
+
+    A truth that is only a name has a number too: never "It is a lungs."
+    """
     verbs, true_verbs = (_VERBS & set(s.tokens) for s in (mine, true))
+    names = true.content[-1:]
+    plural = true_verbs & _PLURAL if true_verbs else names and _PLURAL_NAME.search(names[0])
     return (
         mine.tokens.count(_SLOT) == true.tokens.count(_SLOT)
+        and mine.text.endswith("?") <= true.text.endswith("?")
         and bool(verbs) >= bool(true_verbs)
-        and (not true_verbs or bool(verbs & _PLURAL) == bool(true_verbs & _PLURAL))
+        and (not verbs or bool(verbs & _PLURAL) == bool(plural))
     )
 
 
@@ -183,6 +208,8 @@ def _reworded(mine: _Sentence, true: _Sentence) -> str | None:
     """
     if not mine.runs or len(mine.runs) != len(true.runs) or not _same_build(mine, true):
         return None
+    if true.tokens[0] != _SLOT and not true.text[0].isalnum():
+        return None  # an item of a list
     pairs = list(zip(mine.runs, true.runs, strict=True))
     if len(pairs) > 1 and any((m.before, m.after) != (t.before, t.after) for m, t in pairs):
         return None
@@ -190,19 +217,23 @@ def _reworded(mine: _Sentence, true: _Sentence) -> str | None:
     for old, new in pairs:
         gap = mine.text[end : old.start]
         run = true.run_text(new)
+        articled, needed = (each in ("a", "the") for each in (old.before, new.before))
+        if needed > articled or (articled and run.split()[0].lower() in _DETERMINERS):
+            return None  # "It is liver.", "This is the no lesion."
         if old.before == "a":
-            gap = re.sub(r"\b([Aa])n?\s+$", r"\1n " if run[0] in "aeiou" else r"\1 ", gap)
+            takes_an = new.article == "an" if new.article else bool(_TAKES_AN.match(run))
+            gap = re.sub(r"\b([Aa])n?\s+$", r"\1n " if takes_an else r"\1 ", gap)
         out += [gap, _cased(run, old.start == 0, new.start == 0)]
         end = old.end
     return "".join([*out, mine.text[end:]])
 
 
 def _cased(run: str, starts: bool, started: bool) -> str:
-    """Capital or small first letter, as its new place in the sentence asks; CT stays CT."""
+    """Capital or small first letter, as its new place in the sentence asks; CT, X-ray, T1 stay."""
     if starts:
         return run[0].upper() + run[1:]
-    first = run.split()[0]
-    if started and first[1:].islower():
+    first = run.split()[0].split("-")[0]
+    if started and first.isalpha() and first[1:].islower():
         return run[0].lower() + run[1:]
     return run
 

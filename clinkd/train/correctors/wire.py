@@ -13,6 +13,7 @@ from typing import Any
 from clinkd.train.correctors.limits import Spending
 
 MAX_BYTES = 4 << 20  # of a server's answer
+MOST_TOKENS = 1 << 40  # that a server can have counted; a number of 400 digits fits no float
 IMAGE_TOKENS = 1500  # estimate for one image
 QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
 
@@ -94,16 +95,20 @@ def read_error(error: Any, deadline: float) -> bytes:
         return b""
 
 
-def read_completion(body: bytes, most: Spending) -> Completion:
+def read_completion(body: bytes, most: Spending, key: str | None) -> Completion:
     try:
         value = json.loads(body)
         choice = value["choices"][0]
         content = choice["message"].get("content")
         refusal = choice["message"].get("refusal")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise TryAgain("the answer is not the JSON of a chat completion", paid=True) from None
+        # some gateways send an error's words under status 200
+        said = f": {explain(body, key)[1]}" if b'"error"' in body else ""
+        why = f"the answer is not the JSON of a chat completion{said}"
+        raise TryAgain(why, paid=True) from None
     if isinstance(content, list):  # parts
-        content = "".join(p.get("text") or "" for p in content if isinstance(p, dict))
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(text for text in texts if isinstance(text, str))
     finish = str(choice.get("finish_reason") or "stop")
     return Completion(
         text=content if isinstance(content, str) else "",
@@ -137,8 +142,8 @@ def _paid(usage: Any, most: Spending) -> Spending:
     sent, received = counts.get("prompt_tokens"), counts.get("completion_tokens")
     return Spending(
         1,
-        sent if type(sent) is int and sent >= 0 else most.sent,
-        received if type(received) is int and received >= 0 else most.received,
+        sent if type(sent) is int and 0 <= sent < MOST_TOKENS else most.sent,
+        received if type(received) is int and 0 <= received < MOST_TOKENS else most.received,
     )
 
 
