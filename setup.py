@@ -8,6 +8,7 @@ Environment:
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,8 +51,10 @@ class BuildKernels(build_ext):
         includes = [pybind11.get_include(), *self.compiler.include_dirs]
         command = [*self.compiler.compiler_so, *CXX_FLAGS, *OPENMP, "-Icsrc"]
         command = [part for part in command if part not in ("-g", "-O2", "-Wstrict-prototypes")]
+        linker = shlex.split(os.environ.get("CXX") or "g++")
+        require_compilers(command, linker)
         found = find_nvcc()
-        archs = os.environ.get("CLINKD_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";")
+        archs = (os.environ.get("CLINKD_CUDA_ARCHS") or DEFAULT_ARCHS).replace(",", ";")
         jobs = []
         defines = []
         libraries = list(OPENMP)
@@ -83,10 +86,8 @@ class BuildKernels(build_ext):
             list(pool.map(self._compile, commands))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        cxx = os.environ.get("CXX", "g++")
-        subprocess.run(
-            [cxx, "-shared", "-static-libgcc", *objects, "-o", str(target), *libraries], check=True
-        )
+        link = [*linker, "-shared", "-static-libgcc", *objects, "-o", str(target), *libraries]
+        run_compiler(link)
 
     @staticmethod
     def _compile(command: list[str]) -> None:
@@ -96,10 +97,25 @@ class BuildKernels(build_ext):
         if output.exists() and stamp.exists() and stamp.read_text() == made_of:
             return
         stamp.unlink(missing_ok=True)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"clinkd: {' '.join(command)}\n{done.stdout}{done.stderr}")
+        run_compiler(command, cwd=ROOT)
         stamp.write_text(made_of)
+
+
+def run_compiler(command: list[str], cwd: Path | None = None) -> None:
+    """Run a compiler or linker; what it says is shown where it fails."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"clinkd: {' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def require_compilers(*commands: list[str]) -> None:
+    """Raise where a compiler is not installed."""
+    for command in commands:
+        if shutil.which(command[0]) is None:
+            raise SystemExit(
+                f"clinkd: there is no {command[0]}: install gcc and g++, or name the compilers in "
+                "CC and CXX"
+            )
 
 
 def fingerprint(command: list[str]) -> str:

@@ -118,13 +118,19 @@ CLINKD_INLINE Floats<W> swap_neighbours(Floats<W> v) {
   }
 }
 
-// Write 16 bytes at a time past the caches, without reading the lines first. Both on 16 bytes.
+// Write past the caches, 16 bytes at a time, without reading the lines first; fewer than that, or
+// on another processor, as any other write. Where it streams both are on 16 bytes.
 CLINKD_INLINE void stream_out(void* to, const void* from, int64_t bytes) {
 #ifdef __SSE2__
-  const __m128i* source = static_cast<const __m128i*>(from);
-  __m128i* target = static_cast<__m128i*>(to);
-  for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(target + i, _mm_load_si128(source + i));
+  if (bytes % 16 == 0) {
+    const __m128i* source = static_cast<const __m128i*>(from);
+    __m128i* target = static_cast<__m128i*>(to);
+    for (int64_t i = 0; i < bytes / 16; ++i)
+      _mm_stream_si128(target + i, _mm_load_si128(source + i));
+    return;
+  }
 #endif
+  std::memcpy(to, from, bytes);
 }
 
 // After the last of them: other threads see them in order with what is written next.

@@ -21,7 +21,8 @@ def build(folder, **environment):
 
 @pytest.mark.slow
 def test_wheel_without_cuda(tmp_path):
-    done = build(tmp_path, CLINKD_CUDA="0")
+    # a compiler with an argument, as "ccache g++" is
+    done = build(tmp_path, CLINKD_CUDA="0", CXX="env g++")
     assert done.returncode == 0, done.stderr
     assert "building the CPU kernels only" in done.stdout + done.stderr
     assert (
@@ -49,6 +50,18 @@ def test_wheel_without_cuda(tmp_path):
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
     )  # fmt: skip
     assert out.stdout.split() == ["False", "True", "True"], out.stderr
+
+
+@pytest.mark.parametrize("name", ["CC", "CXX"])
+def test_no_compiler(name, tmp_path):
+    folders = ["--build-lib", tmp_path, "--build-temp", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", *folders],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"CLINKD_CUDA": "0", name: "no-such-compiler -O2"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "there is no no-such-compiler: install gcc and g++, or name" in done.stderr
 
 
 @pytest.mark.slow

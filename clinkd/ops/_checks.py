@@ -195,6 +195,10 @@ def check_options(
     softcap: float | None,
 ) -> None:
     """Numbers and names of the distillation loss."""
+    numbers = {"kd_weight": kd_weight, "temperature": temperature, "softcap": softcap}
+    for name, value in (numbers | {"beta": beta, "skew": skew}).items():
+        if isinstance(value, Tensor):  # one that learns would get no gradient, or a wrong one
+            raise TypeError(f"{name} must be a number, got a tensor: give {name}.item()")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be above 0 and finite, or None, got {softcap}")
     if not 0 <= kd_weight < math.inf:

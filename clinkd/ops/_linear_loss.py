@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clinkd.ops._kd_mean import KDLoss, divided, has_gradient
 from clinkd.ops._operator import Operator, first_order, is_traced
-from clinkd.ops._row_chunks import RowChunks, Score, row_chunks, shares
+from clinkd.ops._row_chunks import RowChunks, Score, product_dtype, row_chunks, shares
 
 Model = tuple[Tensor, Tensor, Tensor | None]  # hidden states [N, C], head [V, C], bias [V]
 
@@ -80,7 +80,7 @@ class LinearLoss:
             others: of the score.
             graph: whether a graph that is made gets the operator.
         """
-        factor, count = shares(weight, labels, count, student[0].dtype)
+        factor, count = shares(weight, labels, count, product_dtype(student[0]))
         given = [other for other in others if isinstance(other, Tensor)]
         sizes = (chunk_rows, vocab_size, group)
         if graph and is_traced(*student, labels, weight, *given):
@@ -170,12 +170,23 @@ def _under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def empty_gradients(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, learns: list[bool]
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    learns: list[bool],
+    sums: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for each; for one that nobody asks for, of no elements."""
+    """Memory for each; for one that nobody asks for, of no elements.
+
+    Args:
+        sums: type of those of head and bias; default: theirs.
+    """
+    given = zip((hidden, head, bias), learns, (None, sums, sums), strict=True)
     of_hidden, of_head, of_bias = (
-        torch.empty_like(tensor) if needed and tensor is not None else hidden.new_empty(0)
-        for tensor, needed in zip((hidden, head, bias), learns, strict=True)
+        torch.empty_like(tensor, dtype=dtype)
+        if needed and tensor is not None
+        else hidden.new_empty(0)
+        for tensor, needed, dtype in given
     )
     return of_hidden, of_head, of_bias
 
@@ -184,7 +195,8 @@ def _fake(
     hidden: Tensor, head: Tensor, bias: Tensor | None, learns: list[bool], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, parts = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((), (2,)))
-    return loss, parts, *empty_gradients(hidden, head, bias, learns)
+    sums = torch.float32 if hidden.dtype == torch.float16 else None  # as `row_chunks` has them
+    return loss, parts, *empty_gradients(hidden, head, bias, learns, sums)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

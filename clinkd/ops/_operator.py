@@ -159,6 +159,14 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def out_of_inference(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that autograd keeps, which one of inference mode is not."""
+    if not tensor.is_inference() or torch.is_inference_mode_enabled():
+        return tensor
+    place = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*place)
+
+
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _are_transforms_active = torch._C._are_functorch_transforms_active

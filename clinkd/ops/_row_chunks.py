@@ -54,6 +54,14 @@ def shares(
     return factor / count, 1
 
 
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """Type of the logits of hidden states, which autocast may have chosen."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return hidden.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def row_chunks(
     inputs: tuple[Tensor, Tensor, Tensor | None],
     needs: Sequence[bool],
@@ -65,7 +73,8 @@ def row_chunks(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The loss, the sums of CE and KD [2], and the loss's gradients by the inputs.
 
-    Rows of the head from `vocab_size` on take no part: their gradient is zero.
+    Rows of the head from `vocab_size` on take no part: their gradient is zero. In float16 those of
+    head and bias stay in float32: a sum over rows can pass its range, however the loss is scaled.
 
     Args:
         inputs: hidden states [N, C], head [V, C], bias [V] or None.
@@ -75,10 +84,11 @@ def row_chunks(
     hidden, weight, bias = inputs
     compute = torch.promote_types(hidden.dtype, torch.float32)
     chunks = -(-len(hidden) // chunk_rows)
+    wide = product_dtype(hidden) == torch.float16
     # wide where several products are added up; one product is rounded once as it is
     widths = (
         compute if group else hidden.dtype,
-        weight.dtype if chunks == 1 else compute,
+        weight.dtype if chunks == 1 and not wide else compute,
         compute,
     )
     grads = [
@@ -113,8 +123,8 @@ def row_chunks(
     if group and of_hidden is not None:
         dist.all_reduce(of_hidden, group=group_named(group))  # each rank has its columns' share
     found_grads = [
-        None if grad is None or tensor is None else grad.to(tensor.dtype)
-        for grad, tensor in zip(grads, inputs, strict=True)
+        None if grad is None or tensor is None else grad if stays else grad.to(tensor.dtype)
+        for grad, tensor, stays in zip(grads, inputs, (False, wide, wide), strict=True)
     ]
     return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts, found_grads
 
@@ -163,6 +173,8 @@ class RowChunks(torch.autograd.Function):
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """`out += a @ b`; the first one to come does not read `out`, which holds nothing yet."""
+    if a.dtype == torch.float16 and not a.is_cuda:
+        a, b = a.to(out.dtype), b.to(out.dtype)  # in float16 the product itself could overflow
     if a.dtype == out.dtype:
         out.addmm_(a, b, beta=0.0 if first else 1.0)
     elif a.is_cuda:  # the product itself writes float32: neither rounded nor written twice

@@ -54,14 +54,14 @@ def _rows(
 
     top = gathered(ids)
     level = torch.maximum(top.amax(1), largest)  # [N]
-    level = level.masked_fill(level <= NOTHING, torch.nan)  # nothing to compare with
-    picked = gathered(labels[:, None]).squeeze(1)
-    right = (labels >= 0) & (labels < columns)
+    right = ((labels >= 0) & (labels < columns)) | (labels == ignore_index)
+    # nothing to compare with, or no such label: neither a loss nor a gradient
+    level = level.masked_fill((level <= NOTHING) | ~right, torch.nan)
     return (
         top - level[:, None],
         (largest - level).clamp(min=NOTHING) - inverse.log(),
         (largest - level).clamp(min=NOTHING) / temperature - soft_inverse.log(),
-        torch.where(right, picked - level, torch.nan),
+        gathered(labels[:, None]).squeeze(1) - level,
         statistics,
     )
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from clinkd.ops._checks import (
     check_devices,
-    check_float,
     check_labels,
     check_logits,
     check_num_items,
@@ -27,7 +26,7 @@ from clinkd.ops._kd_mean import (
     mean_rows,
     weight_of_counted,
 )
-from clinkd.ops._operator import is_traced
+from clinkd.ops._operator import is_traced, out_of_inference
 from clinkd.ops._vocab_parallel import KD_WHOLE_ROWS, check_columns
 from clinkd.ops.reference.kd_loss import DIVERGENCES, kd_loss_rows
 
@@ -87,7 +86,7 @@ def kd_loss(
         RuntimeError: an explicit `impl` that cannot run here.
     """
     check_logits("student_logits", student_logits, "[N, Vs]")
-    check_float("teacher_logits", teacher_logits, 2, "[N, Vt]")
+    check_logits("teacher_logits", teacher_logits, "[N, Vt]")
     check_labels(labels, student_logits.shape[0], ignore_index)
     if teacher_logits.shape[0] != student_logits.shape[0]:
         raise ValueError(
@@ -126,7 +125,8 @@ def kd_loss(
         )
     else:
         options = operator_options(temperature, divergence, beta, skew, ignore_index, softcap, impl)
-        parts = (student_logits.to(dtype), teacher_logits.detach().to(dtype), labels)
+        teacher = teacher_logits.detach().to(dtype)
+        parts = (student_logits.to(dtype), teacher if traced else out_of_inference(teacher), labels)
         if process_group is not None:
             ce, kd, *_ = KD_WHOLE_ROWS(*parts, process_group.group_name, *options)
         elif traced or has_gradient(weight, count):

@@ -129,6 +129,17 @@ def _check(
             raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
         if lengths.shape != (B,):
             raise ValueError(f"{name} must be [B] = [{B}], got shape {tuple(lengths.shape)}")
+    for name, given in (
+        ("prefix_k", prefix_k),
+        ("prefix_v", prefix_v),
+        ("suffix_k", suffix_k),
+        ("suffix_v", suffix_v),
+        ("suffix_lengths", suffix_lengths),
+        ("prefix_lengths", prefix_lengths),
+        ("visible", visible),
+    ):
+        if given is not None and given.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} as q is, got {given.device}")
     if visible is not None:
         if visible.dtype != torch.bool:
             raise TypeError(f"visible must be bool, got {visible.dtype}")
@@ -159,20 +170,23 @@ def _cpu(
     shortest = P = prefix_k.shape[2]
     if prefix_lengths is not None:
         shortest, P = _bounds("prefix_lengths", prefix_lengths, P)
+    if P + used == 0:  # a softmax over nothing would leave 0
+        return q.new_full(q.shape, torch.nan)
     keys = [prefix_k[:, :, :P].to(compute), suffix_k[:, :, :used].to(compute)]
     values = [prefix_v[:, :, :P].to(compute), suffix_v[:, :, :used].to(compute)]
 
     G = Hq // Hkv
     rows = q.to(compute).reshape(B, K, Hkv, G, D).transpose(1, 2)
     rows = (rows * scale).reshape(B, Hkv, K * G, D)
-    scores = torch.empty(B, Hkv, rows.shape[2], P + used, dtype=compute)
+    scores = rows.new_empty(B, Hkv, rows.shape[2], P + used)
     scores[..., :P] = rows @ keys[0].transpose(-1, -2)
     scores[..., P:] = rows @ keys[1].transpose(-1, -2)
     if prefix_lengths is not None and shortest < P:
-        beyond = torch.arange(P) >= prefix_lengths[:, None]
+        beyond = torch.arange(P, device=q.device) >= prefix_lengths[:, None]
         scores[..., :P].masked_fill_(beyond[:, None, None], float("-inf"))
     seen = default_visible(B, K, M, q.device) if visible is None else visible
-    hidden = ~(seen[..., :used] & (torch.arange(used) < suffix_lengths[:, None])[:, None])
+    places = torch.arange(used, device=q.device)
+    hidden = ~(seen[..., :used] & (places < suffix_lengths[:, None])[:, None])
     by_hypothesis = scores.view(B, Hkv, K, G, P + used)[..., P:]
     by_hypothesis.masked_fill_(hidden[:, None, :, None], float("-inf"))
     weights = scores.softmax(dim=-1)

@@ -1,5 +1,6 @@
 """Attention with the rotary embedding inside: queries and keys come in unrotated."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -44,7 +45,7 @@ def rotary_attention(
         spec: axis and speed of each pair.
         key_positions: [A, B, Sk] or [A, Nk], in any order; default: those of the queries.
         causal: the last query sees the last key, the one before it the one before that.
-        scale: of the scores; default D ** -0.5.
+        scale: of the scores, above 0; default D ** -0.5. For one that learns, multiply q by it.
         cu_seqlens: int32 [n + 1], where each packed sequence starts, and N.
         cu_seqlens_k: the same for keys; default `cu_seqlens`.
         window: each query sees so many keys up to its own place.
@@ -63,6 +64,10 @@ def rotary_attention(
         raise ValueError("key_positions must be None where turned_keys says k is rotated already")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    if isinstance(scale, Tensor):
+        raise TypeError("scale must be a number, got a tensor: multiply q by it, scale=1 here")
+    if scale is not None and not 0 < scale < math.inf:  # a mask of -inf is multiplied by it
+        raise ValueError(f"scale must be above 0 and finite, or None, got {scale}")
     tensors = (q, k, v, positions, key_positions, cu_seqlens, cu_seqlens_k)
     watched = is_watched(*tensors)
     fit: Callable[..., str] = _fit if watched else _fit_once

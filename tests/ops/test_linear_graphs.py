@@ -163,9 +163,9 @@ ignore_grad = pytest.mark.filterwarnings(
 )
 
 
-def learning(learns):
+def learning(learns, dtype=torch.float32):
     """Student, teacher with a bias that is none, labels, and what each row is multiplied by."""
-    leaves, teacher, labels = make(12)
+    leaves, teacher, labels = make(12, dtype)
     leaves = [
         leaf.detach().requires_grad_(needed) for leaf, needed in zip(leaves, learns, strict=True)
     ]
@@ -173,9 +173,10 @@ def learning(learns):
 
 
 @ignore_grad
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("learns", LEARNS, ids=str)
-def test_the_operator_follows_the_rules(learns):
-    leaves, teacher, labels, factor = learning(learns)
+def test_the_operator_follows_the_rules(learns, dtype):
+    leaves, teacher, labels, factor = learning(learns, dtype)
     sizes = (0.5, -100, 5, 101, "")
     options = (2.0, 0, 0.1, 0.0, DEVICE)
     arguments = (*leaves, learns, labels, factor, *sizes, *teacher, *options)

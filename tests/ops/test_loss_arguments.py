@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from conftest_losses import LOSSES, C, N, arguments
+from conftest_losses import LOSSES, C, N, V, arguments
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from clinkd.ops import kd_loss, linear_kd_loss, linear_topk_kd_loss, topk_kd_loss
 from clinkd.ops._impl import why_not_triton
+from clinkd.ops.reference.kd_loss import DIVERGENCES
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
@@ -66,15 +67,18 @@ def test_a_bias_of_another_size(loss):
         loss(**arguments(loss) | {"student_weight": torch.ones(0, C)})
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_a_teacher_without_numbers_gives_nan(impl):
+def test_a_teacher_without_numbers_gives_nan(impl, divergence):
     """Not a KD of 0, with which training would go on from the labels alone."""
-    given = arguments(topk_kd_loss)
-    given["teacher_lse"][1] = math.nan
-    assert topk_kd_loss(**given, impl=impl).kd.isnan()
-    given = arguments(kd_loss)
-    given["teacher_logits"][1, 2] = math.nan
-    assert kd_loss(**given, impl=impl).kd.isnan()
+    for loss, name in ((topk_kd_loss, "teacher_lse"), (kd_loss, "teacher_logits")):
+        given = arguments(loss)
+        given[name][1] = math.nan
+        given["student_logits"].requires_grad_()
+        found = loss(**given, impl=impl, divergence=divergence)
+        assert found.kd.isnan()
+        (grad,) = torch.autograd.grad(found.loss, given["student_logits"])
+        assert grad[1].isnan().any()
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
@@ -94,6 +98,34 @@ def test_a_teacher_without_numbers_gives_nan(impl):
 def test_numbers_that_are_none(loss, name, value, message):
     with pytest.raises(ValueError, match=message):
         loss(**arguments(loss), **{name: value})
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("name", ["kd_weight", "temperature", "beta", "skew", "softcap"])
+def test_a_number_that_learns(loss, name):
+    """Kernels read its value: it would get no gradient, or a part of one."""
+    with pytest.raises(TypeError, match=rf"{name} must be a number.* give {name}\.item\(\)"):
+        loss(**arguments(loss), **{name: torch.tensor(0.5, requires_grad=True)})
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("label", [-1, V])
+def test_a_label_that_is_none_gives_nan(loss, label):
+    """In the gradient too, with which training would else go on; other rows have theirs."""
+    given = arguments(loss)
+    given["labels"][2] = label
+    name = next(iter(given))  # the student's
+    given[name].requires_grad_()
+    found = loss(**given)
+    (grad,) = torch.autograd.grad(found.loss, given[name])
+    assert found.loss.isnan()
+    assert grad.isnan().any(dim=1).tolist() == [row == 2 for row in range(N)]
+
+
+def test_a_teacher_without_columns():
+    given = arguments(kd_loss) | {"teacher_logits": torch.zeros(N, 0)}
+    with pytest.raises(ValueError, match=r"teacher_logits must be .* with at least one column"):
+        kd_loss(**given)
 
 
 @pytest.mark.parametrize("loss", [linear_kd_loss, linear_topk_kd_loss], ids=lambda x: x.__name__)

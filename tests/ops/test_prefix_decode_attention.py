@@ -159,6 +159,25 @@ def test_a_hypothesis_that_sees_nothing_is_nan_and_no_other(impl):
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("room", [0, 6])
+def test_where_there_is_nothing_to_see(impl, room):
+    inputs = make_inputs(1, 2, 1, 2, 16, 1, 6)
+    for name, places in (("prefix", 1), ("suffix", room)):
+        for part in ("k", "v"):
+            inputs[f"{name}_{part}"] = inputs[f"{name}_{part}"][:, :, :places]
+        inputs[f"{name}_lengths"].zero_()
+    inputs["visible"] = inputs["visible"][:, :, :room]
+    assert run(inputs, impl).isnan().all()
+
+
+def test_another_default_device():
+    inputs = {name: tensor.cpu() for name, tensor in make_inputs(*SHAPES[1]).items()}
+    expected = run(inputs, "cpu")
+    with torch.device("meta"):
+        assert torch.equal(run(inputs, "cpu"), expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_empty(impl):
     inputs = make_inputs(1, 2, 1, 2, 16, 8, 6)
     none = {n: t[:0] for n, t in inputs.items()}
@@ -194,6 +213,12 @@ def bad(**changes):
         ({"visible": torch.zeros(2, 2, 6)}, TypeError, "visible must be bool"),
         ({"visible": torch.zeros(2, 2, 5).bool()}, ValueError, "visible must be"),
         ({"q": torch.zeros(2, 2, 4, 16, requires_grad=True)}, ValueError, "need a gradient"),
+        ({"suffix_v": torch.zeros(2, 2, 6, 16).to("meta")}, ValueError, "suffix_v must be on"),
+        (
+            {"suffix_lengths": torch.zeros(2).int().to("meta")},
+            ValueError,
+            "suffix_lengths must be on .* as q is, got meta",
+        ),
         (
             {"prefix_k": torch.zeros(2, 2, 8, 16, requires_grad=True)},
             ValueError,

@@ -150,6 +150,19 @@ def test_no_gradient_is_made_where_none_can_be_asked_for(loss, mode, monkeypatch
         assert torch.equal(loss(**given).loss, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", LOSSES, **BY_NAME)
+def test_a_teacher_in_inference_mode(loss, dtype):
+    """Autograd keeps no such tensor, and the two passes over logits need the teacher's again."""
+    given = {n: t.to(dtype) if t.is_floating_point() else t for n, t in arguments(loss).items()}
+    leaf = leaf_of(given)
+    (expected,) = torch.autograd.grad(loss(**given).loss, leaf)
+    with torch.inference_mode():
+        given |= {name: t.clone() for name, t in given.items() if name.startswith("teacher")}
+    (found,) = torch.autograd.grad(loss(**given).loss, leaf)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_factor_of_the_loss_is_not_rounded(kept):
     """1/3 in bfloat16 would make every gradient 0.2 % too large."""

@@ -90,4 +90,5 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _log_mix(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
     """log(weight p + (1 - weight) q)."""
     tiny = torch.finfo(log_p.dtype).tiny
-    return (weight * log_p.exp() + (1 - weight) * log_q.exp()).clamp(min=tiny).log()
+    mix = weight * log_p.exp() + (1 - weight) * log_q.exp()
+    return torch.where(mix < tiny, tiny, mix).log()  # clamp would give NaN a gradient of 0

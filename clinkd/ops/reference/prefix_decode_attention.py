@@ -60,7 +60,8 @@ def prefix_decode_attention(
     weights = scores.masked_fill(~seen[:, :, None, None], float("-inf")).softmax(dim=-1)
     # what nobody sees may be uninitialised: 0 * NaN must not reach the sum
     value = value.masked_fill(~seen.any(dim=1)[:, None, :, None], 0.0)
-    return torch.einsum("bkhgn,bhnd->bkhgd", weights, value).reshape(B, K, Hq, D).to(q.dtype)
+    out = torch.einsum("bkhgn,bhnd->bkhgd", weights, value).reshape(B, K, Hq, D).to(q.dtype)
+    return out.masked_fill(~seen.any(dim=2)[:, :, None, None], torch.nan)  # without places it is 0
 
 
 def default_visible(B: int, K: int, M: int, device: torch.device) -> Tensor:
