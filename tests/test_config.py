@@ -124,11 +124,23 @@ def test_texts_in_overrides_stand_as_they_are_written(tmp_path):
     assert load(path, ["seed=0x10"]).seed == 16
 
 
+def test_a_heading_with_nothing_under_it_says_nothing(tmp_path):
+    """Its keys are comments, maybe."""
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher:\n  # epochs: 3\nmodel:\n  positions:\n")
+    assert load(path) == check({})
+    assert load(path, ["teacher.epochs=3"]).teacher.epochs == 3
+
+
 def test_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = check({"output": "~/run", "data": {"train": "~/a.jsonl", "root": "~/images"}})
-    places = (config.output, config.data.train, config.data.root)
-    assert places == tuple(str(tmp_path / name) for name in ("run", "a.jsonl", "images"))
+    models = {"student": "~/qwen", "teacher": "~/large"}
+    data = {"train": "~/a.jsonl", "root": "~/images"}
+    config = check({"output": "~/run", "data": data, "model": models})
+    model = config.model
+    places = (config.output, config.data.train, config.data.root, model.student, model.teacher)
+    names = ("run", "a.jsonl", "images", "qwen", "large")
+    assert places == tuple(str(tmp_path / name) for name in names)
 
 
 @pytest.mark.parametrize(

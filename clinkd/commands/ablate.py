@@ -22,6 +22,12 @@ def ablate(
     published: Annotated[
         bool, typer.Option("--published", help="the paper's figures beside them")
     ] = False,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="accept cells of another config; redo the stages it concerns"
+        ),
+    ] = False,
 ) -> None:
     """Train and score base, + MCG-RoPE, + KD, + correction, + SASG and all, with several seeds.
     Started again, it goes on where it was."""
@@ -39,8 +45,13 @@ def ablate(
         raise ConfigError(f"--seeds must be numbers with commas, as in 0,1,2; got {seeds!r}") from (
             None
         )
+    for override in overrides or []:
+        if override.startswith(("output=", "seed=")):
+            raise ConfigError(f"{override!r}: each cell has its own; give --output and --seeds")
+    if os.environ.get("NNODES", "") not in ("", "1"):
+        raise ConfigError("ablate works on one machine: unset NNODES")
     settings = load(config, overrides or [])
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    result = run_cells(settings, Console(), output, numbers)
+    result = run_cells(settings, Console(), output, numbers, update=update)
     typer.echo(render(ablation_table(result, published=published), form))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clinkd.errors import ConfigError
+from clinkd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,6 +37,7 @@ def ask(
 ) -> None:
     """Ask a model about an image; prints the answer and its boxes (x1, y1, x2, y2; 0…1000)."""
     from clinkd.data.boxes import parse_boxes
+    from clinkd.data.checks import MAX_ASPECT
     from clinkd.data.files import atomic_write
     from clinkd.data.images import load_image
 
@@ -46,7 +47,15 @@ def ask(
         )
     if show is not None and show.is_dir():
         raise ConfigError(f"--show must name a .png file; {str(show)!r} is a folder")
-    images = [load_image(path.absolute().parent, path.name) for path in (image, *(more or []))]
+    images = []
+    for path in (image, *(more or [])):
+        images.append(load_image(path.absolute().parent, path.name))
+        width, height = images[-1].size
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise DataError(
+                f"image {path.name!r} is {width} × {height}: over {MAX_ASPECT} times as long; cut "
+                "it first"
+            )
     candidates, chosen = _answer(model, images, question, beams, max_new_tokens, scorer)
     for index, (candidate, cosine) in enumerate(candidates):
         if not every and index != chosen:

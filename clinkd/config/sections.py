@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -34,6 +34,12 @@ class Section(BaseModel):
     """A frozen part of the configuration that knows no other keys than its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        """A heading with nothing under it says nothing, as where all its keys are comments."""
+        return {} if given is None else given
 
 
 class DataConfig(Section):
@@ -136,8 +142,12 @@ class LogConfig(Section):
 
 
 class ModelConfig(Section):
-    student: str = Field(DEMO, description="hub name or folder of a Qwen-VL checkpoint, or 'demo'")
-    teacher: str | None = Field(None, description="the same; default: the student's start")
+    student: Place = Field(
+        DEMO, description="hub name or folder of a Qwen-VL checkpoint, or 'demo'"
+    )
+    teacher: Annotated[str | None, AfterValidator(_at_home)] = Field(
+        None, description="the same; default: the student's start"
+    )
     positions: PositionsConfig = PositionsConfig()
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the arithmetic on a GPU; weights in training stay float32"

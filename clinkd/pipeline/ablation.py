@@ -80,14 +80,20 @@ def cell_config(config: RunConfig, cell: str, seed: int, output: Path) -> RunCon
 
 
 def ablate(
-    config: RunConfig, console: Console, output: Path, seeds: Sequence[int]
+    config: RunConfig,
+    console: Console,
+    output: Path,
+    seeds: Sequence[int],
+    *,
+    update: bool = False,
 ) -> dict[str, Any]:
     """Run every cell with every seed, and write ablation.json and ablation.md.
 
     What is done is skipped, so that a run that was cut off goes on where it was.
 
     Raises:
-        ConfigError: see `cell_config`; or no seed, one twice, or one below 0.
+        ConfigError: see `cell_config`; or no seed, one twice, or one below 0; or, without `update`,
+            cells that were done with other settings or from other data.
     """
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigError(
@@ -109,10 +115,10 @@ def ablate(
         mine = runs[seed, cell]
         marks = fingerprints(mine, inputs)
         earlier = [runs[seed, name] for name in CELLS if name != cell]
-        with RunFolder.open(mine, update=True) as folder:
+        with RunFolder.open(mine, update=update) as folder:
             folder.write_config()
             _share(folder, marks, [Path(other.output) for other in earlier])
-        done = run(mine, console, last="evaluate", update=True)
+        done = run(mine, console, last="evaluate", update=update)
         metrics = json.loads((done.path / "metrics.json").read_text(encoding="utf-8"))
         scores[cell][seed] = metrics["models"]["sasg"]  # the run's last answers
     result = summarise(scores, config.generate.selection)

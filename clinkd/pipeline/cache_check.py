@@ -34,12 +34,14 @@ def check_cache(run: Path, records: int) -> dict[str, Any]:
 
     Raises:
         ConfigError: the run uses no cache.
+        ClinkdError: no stage has filled one yet.
         DataError: the cache does not fit the run, or is damaged; the message says what.
     """
     config = load(run / "config.yaml", [f"output={run}"])
     if config.distill.teacher_cache == "none":
         raise ConfigError(f"{run}: distill.teacher_cache is 'none', so there is nothing to check")
     folder = RunFolder(run, config)
+    folder.require_done("pseudo-label")  # a cache is filled after it
     distilled = folder.student("distilled")
     start = str(distilled) if (distilled / "config.json").exists() else start_of(folder)
     student, processor = load_model(config, start)

@@ -44,6 +44,16 @@ OWNED = {
     "report": ("report.html",),
 }
 
+# keys of `correct.corrector` that say how calls go, not what comes of them
+CALLING = (
+    "key_env",
+    "concurrency",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "max_failures",
+    "dry_run",
+)
+
 
 class RunFolder:
     """Paths, the stage book (run.json) and the lock of one run."""
@@ -192,18 +202,26 @@ class RunFolder:
             book["stages"].pop(later, None)
         self.write_book(book)
 
+    def require_done(self, stage: str) -> dict[str, Any]:
+        """Make sure that a stage is done, from whatever; what is noted of it.
+
+        Raises:
+            ClinkdError: it is not; which command does it.
+        """
+        entry: dict[str, Any] = self.book()["stages"].get(stage, {})
+        if entry.get("status") != "done":
+            raise ClinkdError(
+                f"stage {stage!r} is not done in {self.path}; run it first: clinkd {stage} CONFIG"
+            )
+        return entry
+
     def require(self, stage: str, fingerprint: str) -> None:
         """Make sure that a stage is done, and from what the configuration and data say now.
 
         Raises:
             ClinkdError: it is not; which command does it.
         """
-        entry = self.book()["stages"].get(stage, {})
-        if entry.get("status") != "done":
-            raise ClinkdError(
-                f"stage {stage!r} is not done in {self.path}; run it first: clinkd {stage} CONFIG"
-            )
-        if entry.get("fingerprint") != fingerprint:
+        if self.require_done(stage).get("fingerprint") != fingerprint:
             raise ClinkdError(
                 f"stage {stage!r} in {self.path} was done with other settings or from other data; "
                 f"do it again: clinkd run CONFIG --from {stage} --update"
@@ -229,11 +247,12 @@ def fingerprints(config: RunConfig, inputs: dict[str, str]) -> dict[str, str]:
     whole = config.model_dump(mode="json")
     # of the test split nothing is learnt: another one is answered by the models that there are
     tested = {name: whole["data"].pop(name) for name in ("test", "test_limit")}
-    demo_scorer = {k: whole["generate"][k] for k in ("scorer", "scorer_steps")}
     # teacher and student answer with them too, for labels and for correction
     answers = {k: whole["generate"][k] for k in ("max_new_tokens", "length_penalty", "batch_size")}
+    for name in CALLING:  # or a smaller pace would cost the rounds that are done
+        del whole["correct"]["corrector"][name]
     parts: dict[str, Any] = {
-        "prepare": [inputs["train"], whole["seed"], whole["data"], whole["model"], demo_scorer],
+        "prepare": [inputs["train"], whole["seed"], whole["data"], whole["model"]],
         "teacher": whole["teacher"],
         "pseudo-label": [whole["distill"]["pseudo_labels"], answers],
         "distill": whole["distill"],

@@ -124,6 +124,10 @@ def _run_stage(
     console.stage_done(stage, summary, time.monotonic() - start)
 
 
+class _Stop(BaseException):
+    """A signal's. No `Exception`: readers of images would take it for damage of a file."""
+
+
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """SIGTERM and SIGUSR1 end what runs inside.
@@ -133,7 +137,7 @@ def stopped_by_signals() -> Iterator[None]:
 
     def stop(number: int, _: object) -> None:
         name = signal.Signals(number).name
-        raise Preempted(f"stopped by {name}; what is done stays done: start again to go on")
+        raise _Stop(f"stopped by {name}; what is done stays done: start again to go on")
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
@@ -141,6 +145,8 @@ def stopped_by_signals() -> Iterator[None]:
     previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
+    except _Stop as error:
+        raise Preempted(str(error)) from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from clinkd import generate, models, report
+from clinkd import models, report
 from clinkd.config import DEMO, CorrectConfig, RunConfig
 from clinkd.data.checks import require_sound
 from clinkd.data.collate import AnswerDataset
@@ -18,6 +18,7 @@ from clinkd.evaluate.run import evaluate_run
 from clinkd.pipeline.folder import RunFolder
 from clinkd.pipeline.paths import data_root, records_file
 from clinkd.pipeline.preflight import require_parts, require_places
+from clinkd.pipeline.scorer import ready_scorer
 from clinkd.pipeline.steps import (
     asked_records,
     fit_check,
@@ -33,7 +34,6 @@ from clinkd.progress import Update
 from clinkd.train.correction.correct import correct_records, write_round
 from clinkd.train.correction.similarity import make_similarity
 from clinkd.train.correctors import make_corrector
-from clinkd.train.log import MetricsLog
 
 Stage = Callable[[RunFolder, Update], str]
 
@@ -58,8 +58,7 @@ def prepare(folder: RunFolder, progress: Update) -> str:
         require_same_images(read_config(student), read_config(teacher), student, teacher)
         _require_same_tokens(config, teacher, student)
     _require_fit(folder, teacher_records, train_records, test_records)
-    if config.generate.scorer == DEMO:
-        _train_scorer(folder, train_records, progress)
+    ready_scorer(folder, lambda: train_records, progress)
     folder.note("prepare", test=_test_split(config))  # looked at: `generate` need not
     return (
         f"{len(train_records)} training and {len(test_records)} test records, "
@@ -70,24 +69,6 @@ def prepare(folder: RunFolder, progress: Update) -> str:
 def _test_split(config: RunConfig) -> list[Any]:
     """What tells a test split from another."""
     return [sha256_file(records_file(config.data.test, "test")), config.data.test_limit]
-
-
-def _train_scorer(folder: RunFolder, records: Sequence[Record], progress: Update) -> None:
-    """The small CLIP, unless the records are none that it could learn from and none needs it."""
-    settings = folder.config.generate
-    if not settings.asks_scorer and len(set(generate.clip_texts(records).values())) < 2:
-        return
-    log = MetricsLog(folder.path / "metrics.jsonl")
-    log.forget("clip")
-    generate.train_clip(
-        records,
-        data_root(folder.config.data),
-        folder.scorer,
-        steps=settings.scorer_steps,
-        seed=folder.config.seed,
-        log=log.append,
-        progress=progress,
-    )
 
 
 def _write_split(
@@ -241,6 +222,7 @@ def generate_answers(folder: RunFolder, progress: Update) -> str:
             dataset = AnswerDataset(records, data_root(data), processor, max_length=1)
             require_places(dataset, positions_of(folder.config))
         _write_split(folder, "test", data.test, data.test_limit, records)
+    ready_scorer(folder, lambda: read_records(folder.data("train")), progress)
     earlier = {
         "base": start_of(folder),
         "teacher": str(folder.teacher),

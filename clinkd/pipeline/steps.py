@@ -58,6 +58,8 @@ def load_processor(config: RunConfig, path: str) -> Any:
             f"{path}: no processor can be read ({str(error).splitlines()[0]}); give a checkpoint's "
             "folder, or a hub name"
         ) from None
+    for name in ("size", "min_pixels", "max_pixels"):  # the tokenizer takes them for its own, and
+        processor.tokenizer.init_kwargs.pop(name, None)  # has each call warn of them, and files
     taken = processor.image_processor.size
     if (taken["shortest_edge"], taken["longest_edge"]) != (least, most):
         raise SetupError(

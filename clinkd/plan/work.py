@@ -7,9 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from clinkd.config import DEMO, RunConfig, TrainConfig
+from clinkd.data.checks import check_dataset
 from clinkd.data.collate import AnswerDataset
 from clinkd.data.records import Record, read_records
 from clinkd.data.select import limit_records
+from clinkd.errors import DataError
 from clinkd.pipeline.paths import data_root, records_file
 from clinkd.pipeline.steps import asks_live, load_processor, read_config, uses_cache
 from clinkd.plan.memory import device_memory, numbers
@@ -39,9 +41,14 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     """
     path = records_file(config.data.train, "train")
     train = limit_records(read_records(path), config.data.train_limit, config.seed)
+    if not train:
+        raise DataError(f"data.train: {path} holds no record")
     processor, student, teacher = _models(config, train)
     dataset = AnswerDataset(train, data_root(config.data), processor, 1 << 20)
     places = random.Random(config.seed).sample(range(len(train)), min(MEASURED, len(train)))
+    measured = [train[place] for place in places]
+    if faults := check_dataset(measured, None, dataset.data_root):
+        raise DataError(f"{faults[0]}. List all: clinkd data check")
     shape = record_size(dataset, places)
     stages = _stages(config, train)
     live = asks_live(config)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
-from clinkd.config import check
+from clinkd.cli import app
+from clinkd.config import TrainConfig, check
 from clinkd.errors import ConfigError
 from clinkd.evaluate.tables import ablation_table, render
 from clinkd.pipeline import ablation
@@ -126,6 +128,35 @@ def test_an_ablation_that_was_cut_off_goes_on(done, tmp_path, monkeypatch):
     done.clear()
     ablate(CONFIG, Console(quiet=True), tmp_path, [0])
     assert done[0] == ("base", "distill")
+
+
+def test_cells_of_another_config_are_kept_unless_told(done, tmp_path):
+    ablate(CONFIG, Console(quiet=True), tmp_path, [0])
+    other = CONFIG.model_copy(update={"teacher": TrainConfig(epochs=9)})
+    done.clear()
+    with pytest.raises(ConfigError, match=r"different: teacher\.epochs.*give --update"):
+        ablate(other, Console(quiet=True), tmp_path, [0])
+    assert done == []
+    ablate(other, Console(quiet=True), tmp_path, [0], update=True)
+    assert ("base", "teacher") in done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "machines", "message"),
+    [
+        (["seed=3"], "", "'seed=3': each cell has its own; give --output and --seeds"),
+        (["output=x"], "1", "'output=x': each cell has its own"),
+        ([], "2", "ablate works on one machine: unset NNODES"),
+    ],
+)
+def test_the_command_takes_nothing_that_it_would_not_use(
+    tmp_path, monkeypatch, arguments, machines, message
+):
+    (tmp_path / "c.yaml").write_text("data: {train: none.jsonl}", encoding="utf-8")
+    monkeypatch.setenv("NNODES", machines)
+    result = CliRunner().invoke(app, ["ablate", str(tmp_path / "c.yaml"), *arguments])
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
 
 
 def test_copies_where_there_are_no_links(done, tmp_path, monkeypatch):

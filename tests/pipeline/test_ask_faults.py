@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import Qwen2Config, Qwen2Model
 
 from clinkd.commands import ask as command
-from clinkd.errors import ConfigError
+from clinkd.errors import ConfigError, DataError
 from clinkd.generate.scorer import ClipScorer
 
 
@@ -73,7 +73,15 @@ def test_a_model_with_one_tower_is_no_scorer(tmp_path, monkeypatch):
     )
     model.get_image_features = lambda **_: None
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *_, **__: (model, {}))
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: None)
     with pytest.raises(ConfigError, match="Qwen2Model is no CLIP or SigLIP"):
         ClipScorer.load(str(tmp_path))
+
+
+def test_an_image_too_thin_for_the_model_is_named(tmp_path, monkeypatch):
+    calls = answered(monkeypatch)
+    Image.new("RGB", (402, 2)).save(tmp_path / "thin.png")
+    with pytest.raises(DataError, match=r"image 'thin\.png' is 402 × 2: over 200 times as long"):
+        ask(tmp_path / "thin.png", None)
+    assert calls == []

@@ -6,6 +6,7 @@ import pytest
 
 from clinkd.config import check
 from clinkd.errors import ClinkdError, ConfigError, DataError, SetupError
+from clinkd.pipeline.cache_check import check_cache
 from clinkd.pipeline.folder import STAGES, RunFolder, fingerprints
 
 
@@ -98,6 +99,8 @@ def test_clear_removes_the_stage_alone(folder):
         ({"distill": {"kd_weight": 0.1}}, "distill"),
         ({"correct": {"threshold": 0.7}}, "correct"),
         ({"generate": {"num_beams": 4}}, "generate"),
+        ({"generate": {"scorer": "hf-hub:other/clip"}}, "generate"),
+        ({"generate": {"scorer_steps": 7}}, "generate"),
         ({"evaluate": {"protocol": "strict"}}, "evaluate"),
     ],
 )
@@ -108,6 +111,27 @@ def test_a_change_concerns_its_stage_and_those_after_it(tree, first_changed):
     assert changed == list(STAGES[STAGES.index(first_changed) :])
 
 
+def test_how_calls_go_concerns_nothing_that_is_done():
+    """A slower pace after a server's refusal, or the end of a dry run, takes no round away."""
+    inputs = {"train": "a", "test": "b"}
+    endpoint = {"kind": "endpoint", "url": "http://localhost/v1", "model": "m"}
+
+    def marks(**more):
+        return fingerprints(check({"correct": {"corrector": endpoint | more}}), inputs)
+
+    pace = {"concurrency": 1, "requests_per_minute": 6, "tokens_per_minute": 9, "max_failures": 1}
+    assert marks(**pace, key_env="KEY", dry_run=True) == marks()
+    assert marks(model="other")["correct"] != marks()["correct"]
+    assert marks(max_calls=3)["correct"] != marks()["correct"]
+
+
 def test_other_input_files_concern_everything():
     one, two = ({"train": name, "test": "b"} for name in "ac")
     assert fingerprints(check({}), one)["prepare"] != fingerprints(check({}), two)["prepare"]
+
+
+def test_a_cache_that_no_stage_has_filled_is_not_checked(tmp_path):
+    with RunFolder.open(config(tmp_path, distill={"teacher_cache": "top-k"})) as folder:
+        folder.note("teacher", status="done")
+    with pytest.raises(ClinkdError, match=r"'pseudo-label' is not done in .*clinkd pseudo-label"):
+        check_cache(tmp_path / "run", 1)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from clinkd.config import check
 from clinkd.errors import SetupError
@@ -37,6 +38,17 @@ def test_the_config_decides(tmp_path, names):
         assert images.get_number_of_image_patches(1000, 1800, {}) // 4 <= 128
         assert (images.size["shortest_edge"], images.size["longest_edge"]) == (3136, 100_352)
         processor.save_pretrained(tmp_path)
+
+
+def test_sizes_stay_with_the_images(tmp_path, recwarn):
+    """The tokenizer kept them too: each call warned, and files of a student had stale ones."""
+    build_processor(["What?"], 300, 3136, 50_176).save_pretrained(tmp_path)
+    processor = steps.load_processor(check({"model": {"max_pixels": 6272}}), str(tmp_path))
+    processor(text=[processor.image_token], images=[Image.new("RGB", (90, 40))])
+    assert [str(w.message) for w in recwarn if "pixels" in str(w.message)] == []
+    processor.save_pretrained(tmp_path / "student")
+    kept = json.loads((tmp_path / "student" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert {"size", "min_pixels", "max_pixels"}.isdisjoint(kept)
 
 
 def test_another_size_than_asked_for_is_an_error(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from clinkd.config import check
+from clinkd.data import images
 from clinkd.errors import ConfigError, DataError, Preempted, SetupError
 from clinkd.pipeline import runner, stages
 from clinkd.pipeline.paths import SAMPLE_FOLDER
@@ -77,6 +78,21 @@ def test_a_signal_in_any_stage_is_no_failure(tmp_path, monkeypatch, number):
     run(tmp_path, last="prepare")
     book = json.loads((tmp_path / "run" / "run.json").read_text())
     assert book["stages"]["prepare"]["status"] == "done"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_signal_while_an_image_is_read_is_no_damage_of_it(tmp_path, monkeypatch):
+    """Else the record would count as one that cannot be answered, and the stage go on."""
+
+    def stopped(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    name = json.loads((SAMPLE_FOLDER / "test.jsonl").read_text().splitlines()[0])["image"]
+    monkeypatch.setattr(images, "_upright", stopped)
+    reads = lambda *_: str(images.load_image(SAMPLE_FOLDER, name))  # noqa: E731
+    monkeypatch.setitem(stages.RUN, "prepare", reads)
+    with pytest.raises(Preempted, match="stopped by SIGTERM"):
+        run(tmp_path, last="prepare")
 
 
 def test_full_disk(tmp_path, monkeypatch):

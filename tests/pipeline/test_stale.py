@@ -125,7 +125,8 @@ def test_what_follows_a_stage_that_is_done_again_is_not_done(run, tmp_path):
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_test_split_is_looked_at_once(tmp_path, monkeypatch, seen):
     """By `prepare`; by `generate` only where it is another one by then."""
-    config = check({"output": str(tmp_path / "run"), "data": {"test_limit": 5}})
+    settings = {"data": {"test_limit": 5}, "generate": {"selection": "beam"}}
+    config = check({"output": str(tmp_path / "run"), **settings})
     looked = []
     monkeypatch.setattr(stages, "require_sound", lambda *_: looked.append("sound"))
     monkeypatch.setattr(stages, "require_places", lambda *_: looked.append("places"))

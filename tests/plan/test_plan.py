@@ -3,12 +3,13 @@
 import json
 
 import pytest
+from PIL import Image
 from transformers import Qwen2VLConfig
 from typer.testing import CliRunner
 
 from clinkd.cli import app
 from clinkd.config import AdapterConfig, DistillConfig, TrainConfig, check
-from clinkd.errors import SetupError
+from clinkd.errors import DataError, SetupError
 from clinkd.plan.memory import FLOAT32, PARTS, device_memory
 from clinkd.plan.sizes import RecordSize, model_size
 
@@ -154,3 +155,18 @@ def test_a_folder_without_a_model_is_named(config, tmp_path):
     result = run(str(config), f"model.student={tmp_path}")
     assert isinstance(result.exception, SetupError)
     assert f"{tmp_path}: no model config can be read" in str(result.exception)
+
+
+def test_records_that_a_run_would_refuse_are_named(config, tmp_path):
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "A scan."}]
+    row = {"id": "a", "image": "thin.png", "task": "MIA", "conversations": turns}
+    Image.new("RGB", (600, 2)).save(tmp_path / "thin.png")
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    result = run(str(config), f"data.train={path}")
+    assert isinstance(result.exception, DataError)
+    assert "a: image 'thin.png' is 600 × 2: over 200 times as long" in str(result.exception)
+    path.write_text("", encoding="utf-8")
+    result = run(str(config), f"data.train={path}")
+    assert isinstance(result.exception, DataError)
+    assert f"data.train: {path} holds no record" in str(result.exception)
