@@ -138,6 +138,7 @@ def test_the_home_folder(monkeypatch, tmp_path):
     data = {"train": "~/a.jsonl", "root": "~/images"}
     config = check({"output": "~/run", "data": data, "model": models})
     model = config.model
+    assert check({"generate": {"scorer": "~/clip"}}).generate.scorer == str(tmp_path / "clip")
     places = (config.output, config.data.train, config.data.root, model.student, model.teacher)
     names = ("run", "a.jsonl", "images", "qwen", "large")
     assert places == tuple(str(tmp_path / name) for name in names)

@@ -79,7 +79,7 @@ def _settings(path: Path) -> Any:
         return CorrectorSettings.model_validate({"kind": "endpoint", **(tree or {})})
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise ConfigError(f"{path}: not keys and values in YAML: {error}") from None
     except ValidationError as error:
         why = "\n  ".join(

@@ -235,7 +235,7 @@ class GenerateConfig(Section):
     mix: Fraction = Field(
         0.5, description="lambda of 'mixed': weight of CLIP beside the beam score"
     )
-    scorer: str = Field(
+    scorer: Place = Field(
         DEMO, description="open_clip name, 'local-dir:FOLDER', transformers CLIP folder, or 'demo'"
     )
     scorer_steps: PositiveInt = Field(300, description="training steps of the 'demo' scorer")

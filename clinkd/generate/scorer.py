@@ -71,6 +71,13 @@ class ClipScorer:
                 f"scorer {name!r}: write local-dir:FOLDER, hf-hub:OWNER/MODEL or "
                 "ARCHITECTURE/PRETRAINED, as in ViT-B-32/openai"
             )
+        import open_clip  # a second that only this scorer costs
+
+        if architecture not in open_clip.list_models():
+            raise ConfigError(
+                f"scorer {name!r}: there is no such folder, and open_clip has no architecture "
+                f"{architecture!r}"
+            )
         return cls(_OpenClip(architecture, pretrained, device))
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Tasks done by several processes, of this machine and of others; a parent on each one waits."""
 
+import atexit
 import os
 import queue
 import signal
@@ -221,13 +222,12 @@ def _work(
         # all ranks agreed to stop where a signal came; elsewhere the parent stops the others
         told.put(("error", rank, (type(error).__name__, str(error))))
         code = error.exit_code
-    told.close()
-    told.join_thread()
     if together and code == 0:
         dist.destroy_process_group()
-    sys.stdout.flush()
     # Threads of gloo may still hold tensors: the interpreter's own end can abort in them, after
     # all is done (pytorch pull request 179291).
+    atexit._run_exitfuncs()  # sends what `told` still holds
+    sys.stdout.flush()
     os._exit(code)
 
 

@@ -105,7 +105,9 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)  # our own log says it
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # the former from transformers 5.24 on
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)()
     last, problems = from_first(lambda: latest_whole(checkpoints))
     if is_first():
         for problem in problems:
@@ -188,7 +190,8 @@ def _arguments(
         run_name=job.stage,
         deepspeed=deepspeed_config(job.strategy, job.offload),
         ddp_backend="gloo" if world > 1 and not torch.cuda.is_available() else None,
-        ddp_find_unused_parameters=world > 1,  # a batch without images leaves the tower out
+        # a batch without images leaves the vision tower out
+        ddp_find_unused_parameters=world > 1 and not all(r.images for r in job.records),
         seed=job.seed,
         data_seed=job.seed,
         use_cpu=not torch.cuda.is_available(),

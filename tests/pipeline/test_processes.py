@@ -30,8 +30,13 @@ generate: {max_new_tokens: 4, scorer_steps: 1}
 """
 # the end of a process that gloo's threads abort, as happens now and then
 ABORTS = """\
-import atexit, multiprocessing, os
-atexit.register(lambda: multiprocessing.parent_process() and os.abort())
+import multiprocessing, os
+
+class Last:
+    def __del__(self, parent=multiprocessing.parent_process, abort=os.abort):
+        parent() and abort()
+
+last = Last()
 """
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
