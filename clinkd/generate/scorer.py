@@ -25,6 +25,7 @@ _UNREADABLE = (
     ValueError,
     OSError,
     KeyError,
+    EOFError,
     SafetensorError,
     pickle.UnpicklingError,
 )

@@ -52,13 +52,13 @@ def lay_out(
         RuntimeError: "fused", and the op cannot do what this forward asks for.
     """
     kwargs = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+    if _may_be_packed(kwargs):
+        kwargs["use_cache"] = False  # with one, by transformers' default, sequences would mix
+    if text.attention == "sdpa":  # before the length, by which no graph can branch
+        return (), kwargs
     past = _cache(kwargs)
     if past is not None and past.get_seq_length() > 0:
         return None
-    if _may_be_packed(kwargs):
-        kwargs["use_cache"] = False  # with one, by transformers' default, sequences would mix
-    if text.attention == "sdpa":
-        return (), kwargs
     tokens = kwargs.get("inputs_embeds")
     tokens = kwargs["input_ids"] if tokens is None else tokens
     dtype = tokens.dtype if tokens.is_floating_point() else text.dtype

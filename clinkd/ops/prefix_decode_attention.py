@@ -222,6 +222,8 @@ def _triton(
     visible: Tensor | None,
     scale: float,
 ) -> Tensor:
+    if prefix_k.shape[2] + suffix_k.shape[2] == 0:  # the kernel has no blocks of no places
+        return q.new_full(q.shape, torch.nan)
     # by name: ops need torch alone, and the kernels' folder is outside the package's
     launch = importlib.import_module("clinkd.kernels.prefix_decode_attention").launch
 

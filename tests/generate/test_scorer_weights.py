@@ -28,9 +28,10 @@ def test_a_folder_without_weights(open_clip_folder):
         ClipScorer.load(str(open_clip_folder))
 
 
+@pytest.mark.parametrize("content", [POINTER, b""], ids=["pointer of Git LFS", "empty"])
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
-def test_pointers_of_git_lfs(open_clip_folder, name):
-    (open_clip_folder / name).write_bytes(POINTER)
+def test_weights_that_are_none(open_clip_folder, name, content):
+    (open_clip_folder / name).write_bytes(content)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         ClipScorer.load(str(open_clip_folder))
 

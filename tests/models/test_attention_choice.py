@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from clinkd import models
 from clinkd.errors import ConfigError
@@ -103,6 +104,25 @@ def test_applied_again_and_restored(build_model, make_single, calls):
     assert not text._forward_pre_hooks
     assert not hasattr(text, "attention")
     assert not hasattr(model.model.visual.blocks[0].attn, "attention")
+
+
+def test_sdpa_steps_over_a_static_cache_in_one_graph(build_model):
+    """The cache's length is a tensor, by which a graph cannot branch."""
+    text = fused(build_model("qwen2_vl"), attention="sdpa").model.language_model
+
+    def step(past, tokens, positions):
+        given = {"inputs_embeds": tokens, "position_ids": positions, "past_key_values": past}
+        return text(**given).last_hidden_state
+
+    start = torch.ones(1, 9, 64), torch.arange(9).expand(3, 1, 9)
+    following = torch.ones(1, 1, 64), torch.full((3, 1, 1), 9)
+    found = []
+    with torch.no_grad():
+        for run in (step, torch.compile(step, backend="eager", fullgraph=True)):
+            past = StaticCache(config=text.config, max_cache_len=16)
+            step(past, *start)
+            found.append(run(past, *following))
+    close(*found)
 
 
 def test_loaded_with_a_choice(build_model, make_single, tmp_path, calls):
