@@ -1,5 +1,6 @@
 """A config names what is wrong with it, and what would be right."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_texts_in_overrides_stand_as_they_are_written(tmp_path):
 def test_a_heading_with_nothing_under_it_says_nothing(tmp_path):
     """Its keys are comments, maybe."""
     path = tmp_path / "run.yaml"
-    path.write_text("teacher:\n  # epochs: 3\nmodel:\n  positions:\n")
+    path.write_text("teacher:\n  # epochs: 3\nmodel:\n  positions:\ncorrect:\n  corrector:\n")
     assert load(path) == check({})
     assert load(path, ["teacher.epochs=3"]).teacher.epochs == 3
 
@@ -187,3 +188,32 @@ def test_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'demo'"):
         recipe("deno")
     assert {"demo", "demo-quick", "published-code"} <= set(recipes())
+
+
+def test_the_page_of_all_keys_has_all_keys_and_their_defaults():
+    page = (CONFIGS.parent / "docs" / "config.md").read_text(encoding="utf-8")
+    told = {}
+    for part in page.split("\n## ")[1:]:
+        heading, *lines = part.splitlines()
+        section = heading.strip("`") if heading.startswith("`") else ""
+        for line in lines:
+            if line.startswith("| `"):
+                key, default, *_ = (cell.strip(" `") for cell in re.split(r"(?<!\\)\|", line)[1:])
+                told[f"{section}.{key}".lstrip(".")] = yaml.safe_load(default.replace("\\|", "|"))
+    known = yaml.safe_load(dump(RunConfig()))
+    for section in ("distill", "correct"):  # which have the keys of `teacher`, and say so
+        for key, value in known["teacher"].items():
+            if f"{section}.{key}" not in told:
+                told[f"{section}.{key}"] = value
+
+    def leaves(tree, before=""):
+        for key, value in tree.items():
+            if isinstance(value, dict) and value:
+                yield from leaves(value, f"{before}{key}.")
+            else:
+                yield f"{before}{key}", value
+
+    assert told.keys() == dict(leaves(known)).keys()
+    for key, value in leaves(known):
+        given = float(told[key]) if isinstance(value, float) else told[key]
+        assert (key, given) == (key, value)

@@ -4,7 +4,15 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from clinkd.train.correction.settings import CorrectorSettings
 
@@ -26,6 +34,11 @@ def _in_heads(width: int) -> int:
     return width
 
 
+def _said(given: Any) -> Any:
+    """A heading with nothing under it says nothing, as where all its keys are comments."""
+    return {} if given is None else given
+
+
 Place = Annotated[str, AfterValidator(_at_home)]
 Width = Annotated[int, Field(ge=HEAD_WIDTH), AfterValidator(_in_heads)]
 
@@ -38,8 +51,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, given: Any) -> Any:
-        """A heading with nothing under it says nothing, as where all its keys are comments."""
-        return {} if given is None else given
+        return _said(given)
 
 
 class DataConfig(Section):
@@ -222,7 +234,7 @@ class CorrectConfig(TrainConfig):
     similarity: str = Field(
         "minilm", description="'minilm', 'token_f1', or the name or folder of a sentence encoder"
     )
-    corrector: CorrectorSettings = CorrectorSettings()
+    corrector: Annotated[CorrectorSettings, BeforeValidator(_said)] = CorrectorSettings()
 
 
 class GenerateConfig(Section):

@@ -31,6 +31,7 @@ def ready_scorer(
     done = folder.book()["stages"].get("prepare", {}).get("scorer")
     if not settings.asks_scorer or done == wanted:
         return
+    folder.note("prepare", scorer=None)  # what there was does not last if this one is cut off
     if settings.scorer == DEMO:
         log = MetricsLog(folder.path / "metrics.jsonl")
         log.forget("clip")

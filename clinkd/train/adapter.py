@@ -39,7 +39,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> Pre
 
     Raises:
         SetupError: peft is not installed.
-        ConfigError: `targets` fits no module, or one that shares its weights with another.
+        ConfigError: `targets` fits no module, or one that shares its weights with another, or the
+            head.
     """
     if config.kind == "none":
         return model
@@ -64,10 +65,16 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> Pre
         raise ConfigError(f"model.adapter.targets: {error}") from None
     finally:
         torch.random.set_rng_state(state)
-    if wrong := sorted(shared & set(adapted.base_model.targeted_module_names)):
+    targeted = set(adapted.base_model.targeted_module_names)
+    if wrong := sorted(shared & targeted):
         raise ConfigError(
             f"model.adapter.targets fits {wrong[0]}, but {' and '.join(sorted(shared))} share "
             "their weights: merged, the adapter of one would change the other as well"
+        )
+    if "lm_head" in targeted:
+        raise ConfigError(
+            "model.adapter.targets fits lm_head: the loss reads its weights, so that an adapter of "
+            "it would not learn"
         )
     return adapted
 

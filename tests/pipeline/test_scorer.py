@@ -38,6 +38,19 @@ def test_none_is_made_that_nobody_asks(ready):
     assert ready(selection="clip", scorer_steps=5) == ["read", "trained 5"]
 
 
+def test_one_that_was_cut_off_is_not_taken_for_the_one_before(ready, monkeypatch):
+    ready(scorer_steps=7)
+
+    def cut_off(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "train_clip", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            ready(scorer_steps=8)
+    assert ready(scorer_steps=7) == ["read", "trained 7"]
+
+
 def test_another_one_is_made_or_looked_for(ready):
     ready(scorer_steps=7)
     assert ready(scorer_steps=8) == ["read", "trained 8"]

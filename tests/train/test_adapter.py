@@ -127,6 +127,10 @@ def test_what_cannot_be_had(processor, monkeypatch):
     for targets in (".*lm_head", ".*embed_tokens"):  # one tensor, which a merge would change twice
         with pytest.raises(ConfigError, match="share their weights"):
             add_adapter(make_model(processor), LORA.model_copy(update={"targets": targets}), 0)
+    untied = make_model(processor)
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    with pytest.raises(ConfigError, match="fits lm_head: the loss reads its weights"):
+        add_adapter(untied, LORA.model_copy(update={"targets": ".*lm_head"}), 0)
     monkeypatch.setattr("clinkd.train.adapter.find_spec", lambda name: None)
     with pytest.raises(SetupError, match=r"pip install clinkd\[qlora\]"):
         quantisation(AdapterConfig(kind="qlora"))

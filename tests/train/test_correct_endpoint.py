@@ -357,6 +357,8 @@ def test_lines_are_kept_where_the_truth_has_some():
     assert prompt.read_reply(reply, ROC) == Reply("Left femur. - large")
     case = replace(ROC, truth="Left femur.\n- large")
     assert prompt.read_reply(reply, case) == Reply("Left femur.\n- large")
+    reply = reply.replace("\\n", " \\r\\n")  # a carriage return would be a sign that nobody sees
+    assert prompt.read_reply(reply, case) == Reply("Left femur.\n- large")
 
 
 def test_marks_of_several_boxes():

@@ -5,6 +5,7 @@ import pytest
 from clinkd.data.boxes import stated_boxes
 from clinkd.train.correction.facts import (
     contradiction,
+    new_numbers,
     numbers,
     sides,
     without_boxes,
@@ -33,13 +34,14 @@ def test_reversed_corners_stay_as_written():
     ("text", "expected"),
     [
         ("3 lesions", {"3"}),
-        ("three lesions of 3.0 cm", {"3", "3 cm"}),
-        ("T2-weighted, 1,5 mm", {"2", "1.5", "1.5 mm"}),
-        ("-20 HU, −3 and 4-5", {"-20", "-20 hu", "-3", "4", "5"}),
-        ("< 5mm, >6 %, ≤.5", {"<5", "<5 mm", ">6", ">6 %", "≤0.5"}),
-        ("a 5-mm nodule", {"5", "5 mm"}),
+        ("three lesions of 3.0 cm", {"3"}),
+        ("T2-weighted, 1,5 mm", {"2", "1.5"}),
+        ("-20 HU, −3, minus 6, [-7] and 4-5", {"-20", "-3", "-6", "-7", "4", "5"}),
+        ("< 5mm, >6 %, ≤.5, ca.4", {"5", "6", "0.5", "4"}),
+        ("3.1.2020", {"3.1", "2020"}),
         ("fifteen, forty and a hundred", {"15", "40", "100"}),
         ("third ventricle, stage IV", {"3", "4"}),
+        ("a second lesion in the v. cava, i.v. line, IV contrast, vitamin D", set()),
         ("1234567 and 1234568", {"1234567", "1234568"}),
         (f"at {BOX}", set()),
         ("one finds a lesion", set()),
@@ -47,7 +49,25 @@ def test_reversed_corners_stay_as_written():
     ],
 )
 def test_numbers(text, expected):
-    assert numbers(text) == expected
+    assert numbers(text).keys() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "expected"),
+    [
+        ("3 mm", "3 cm", {"3 mm"}),
+        ("3 lesions, one of 3 mm", "3 lesions, one of 3 cm", {"3 mm"}),
+        (">5 mm", "< 5 mm", {"5 >"}),
+        ("20 HU", "minus 20 HU", {"20"}),
+        ("a 5-mm nodule", "5 mm", set()),
+        ("5 % or 5 mm", "5 percent or 5 millimetres", set()),
+        ("less than 5 mm", "< 5 mm", set()),
+        ("between 3 mm and 5 mm", "3-5 mm", set()),
+        ("10 mm x 12 mm", "10 x 12 mm", set()),
+    ],
+)
+def test_new_numbers(text, truth, expected):
+    assert new_numbers(text, truth) == expected
 
 
 def test_sides():

@@ -36,9 +36,10 @@ OPPOSITES: tuple[frozenset[str], ...] = tuple(
     )
 )
 _NEGATIONS = frozenset({"no", "not", "none", "never", "without", "neither", "nor", "cannot"})
+_COMPARISONS = frozenset("<>≤≥")
 # with its sign and its unit: 20 is not -20, < 5 not > 5, 3 mm not 3 cm
 _NUMBER = re.compile(
-    r"([<>≤≥]?)\s*((?<![^\s(<>≤≥])[-−])?([0-9]+(?:[.,][0-9]+)?|\.[0-9]+)"
+    r"([<>≤≥]?)\s*((?<![\w.)%])(?:[-−]|minus\s))?([0-9]+(?:[.,][0-9]+)?|(?<!\w)\.[0-9]+)"
     r"(?:[\s-]*(%|(?:mm|cm|m|ml|cc|l|mg|g|kg|hu)\b))?"
 )
 _COUNT_WORDS = """
@@ -53,6 +54,10 @@ _NUMBER_WORDS = {
     for row in (_COUNT_WORDS, _ORDINALS, _ROMAN)
     for value, word in enumerate(row.split(), start=2)
 } | {word: str(10 * value) for value, word in enumerate(_TENS.split(), start=3)}
+# another lesion, v. cava, an i.v. line: no numbers
+_NO_NUMBER = re.compile(
+    r"\ba second\b|(?<!stage )(?<!grade )(?<!type )(?<!class )(?<!segment )(?<!nerve )\bi?v\b"
+)
 _WORD = re.compile(r"[^\W\d_]+(?:['’]t)?")
 MARKUP = re.compile(r"<\|[^<>|]{0,40}\|>|</?[a-zA-Z_]{1,20}/?>")
 
@@ -76,17 +81,33 @@ def words(text: str) -> list[str]:
     return _WORD.findall(plain(text))
 
 
-def numbers(text: str) -> set[str]:
+def numbers(text: str) -> dict[str, set[str]]:
     """Numbers outside boxes, digits or words, in one form: `3.0`, `3` and `three` are the same.
 
-    One with a unit stands there twice, with it and without: a unit may be left out, not changed.
+    With each, the signs of comparison before it and the units behind it.
     """
-    text = plain(text)
-    found = {_NUMBER_WORDS[word] for word in _WORD.findall(text) if word in _NUMBER_WORDS}
+    text = _NO_NUMBER.sub(" ", plain(text))
+    found: dict[str, set[str]] = {
+        _NUMBER_WORDS[word]: set() for word in _WORD.findall(text) if word in _NUMBER_WORDS
+    }
     for compared, sign, digits, unit in _NUMBER.findall(text):
-        value = f"{compared}{'-' * bool(sign)}{float(digits.replace(',', '.')):.15g}"
-        found |= {value, f"{value} {unit}".strip()}
+        value = f"{'-' * bool(sign)}{float(digits.replace(',', '.')):.15g}"
+        found.setdefault(value, set()).update({compared, unit} - {""})
     return found
+
+
+def new_numbers(text: str, truth: str) -> set[str]:
+    """Numbers of a text that its truth lacks, or has with another sign of comparison or unit.
+
+    Where only one of the two has such a mark the other may say it in words: less than 5, percent.
+    """
+    mine, true = numbers(text), numbers(truth)
+    new = mine.keys() - true.keys()
+    for value in mine.keys() & true.keys():
+        for mark in mine[value] - true[value]:
+            if any((mark in _COMPARISONS) == (other in _COMPARISONS) for other in true[value]):
+                new.add(f"{value} {mark}")
+    return new
 
 
 def sides(text: str) -> frozenset[str]:

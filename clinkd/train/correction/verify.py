@@ -7,7 +7,7 @@ from clinkd.data.boxes import stated_boxes, strip_boxes
 from clinkd.train.correction.facts import (
     MARKUP,
     contradiction,
-    numbers,
+    new_numbers,
     plain,
     without_boxes,
 )
@@ -50,7 +50,7 @@ def why_rejected(
         return f"markup that the truth lacks: {', '.join(sorted(odd))}"
     if talk := set(_TALK.findall(plain(reply))) - set(_TALK.findall(plain(truth))):
         return f"speaks about the correction: {', '.join(sorted(talk))}"
-    if new := numbers(reply) - numbers(truth):
+    if new := new_numbers(reply, truth):
         return f"numbers that the truth lacks: {', '.join(sorted(new))}"
     if (wrong := contradiction(reply, truth)) is not None:
         return wrong

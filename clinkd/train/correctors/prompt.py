@@ -72,7 +72,9 @@ def read_reply(text: str, case: Case, style: Style = "json") -> Reply:
     if found is None or not found.strip():
         return Reply(None, "the reply is not what was asked for")
     boxes = _texts_of_boxes(case.truth)
-    text = found.strip() if "\n" in case.truth else " ".join(found.split())  # lines as in the truth
+    # lines as the truth has them: a reply's own stay only where it has some
+    lines = "\n".join(line.rstrip() for line in found.strip().splitlines())
+    text = lines if "\n" in case.truth else " ".join(found.split())
     answer = _MARK.sub(lambda mark: _box(mark, boxes), text)
     if odd := _LEFT_OVER.search(answer):
         return Reply(None, f"the reply has {odd[0]}, a mark that the truth lacks")

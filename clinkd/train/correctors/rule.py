@@ -19,6 +19,7 @@ _TOKEN = re.compile(
 _CLOSED = re.compile(r"[.!?]$")
 _VERB_WORDS = "is are was were lies lie shows show contains contain depicts find see has have"
 _PLURAL_WORDS = "are were lie show contain have"
+_WITH_NAME_WORDS = "is are was were lies lie"  # of one number with what they name, unlike "shows"
 _PLURAL_NAME = re.compile(r"(?:[^aius]s|ae|i)$")  # lungs, vertebrae, nuclei; not pelvis, pancreas
 _DETERMINER_WORDS = "no both all each every some several many multiple two three four"
 _OTHER_WORDS = """
@@ -28,12 +29,13 @@ _OTHER_WORDS = """
 """
 _VERBS = frozenset(_VERB_WORDS.split())
 _PLURAL = frozenset(_PLURAL_WORDS.split())
+_WITH_NAME = frozenset(_WITH_NAME_WORDS.split())
 _DETERMINERS = frozenset(_DETERMINER_WORDS.split())
 # words that frame a statement and add nothing to it; all others are its content
 _FRAME = _VERBS | frozenset(_OTHER_WORDS.split())
 # for want of an article in the truth: a vowel's sound (a urinary bladder), or a letter's name (MR)
 _TAKES_AN = re.compile(
-    r"(?![Uu](?:ni|ri|re|te)|[Ee]u)[AEIOUaeiou]|[FHLMNRSX][A-Z]{0,2}(?![A-Za-z])"
+    r"(?![Uu](?:ni|ri|re|te)|US\b|[Ee]u)[AEIOUaeiou]|[FHLMNRSX][A-Z]{0,2}(?![A-Za-z])"
 )
 
 
@@ -178,16 +180,19 @@ def _sound(sentence: str) -> bool:
 def _same_build(mine: _Sentence, true: _Sentence) -> bool:
     """As many boxes, no question for a statement, a verb where the truth has one, of one number.
 
-    A truth that is only a name has a number too: never "It is a lungs."
+    A truth that is only a name has a number too, that of its first noun: never "It is a lungs.",
+    but "It is an image of the lungs."
     """
     verbs, true_verbs = (_VERBS & set(s.tokens) for s in (mine, true))
-    names = true.content[-1:]
-    plural = true_verbs & _PLURAL if true_verbs else names and _PLURAL_NAME.search(names[0])
+    numbered, plural = verbs, bool(true_verbs & _PLURAL)
+    if not true_verbs:
+        name = true.run_text(true.runs[0]).lower() if true.runs else ""
+        numbered, plural = verbs & _WITH_NAME, bool(_PLURAL_NAME.search(name))
     return (
         mine.tokens.count(_SLOT) == true.tokens.count(_SLOT)
         and mine.text.endswith("?") <= true.text.endswith("?")
         and bool(verbs) >= bool(true_verbs)
-        and (not verbs or bool(verbs & _PLURAL) == bool(plural))
+        and (not numbered or bool(numbered & _PLURAL) == plural)
     )
 
 
