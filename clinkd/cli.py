@@ -17,6 +17,7 @@ from clinkd.commands.evaluate import compare, metrics_app
 from clinkd.commands.llava_med import llava_med
 from clinkd.commands.plan import plan
 from clinkd.errors import ClinkdError, ConfigError
+from clinkd.recipes import config_file
 
 app = typer.Typer(
     name="clinkd",
@@ -28,7 +29,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Config = Annotated[Path, typer.Argument(help="YAML file; see `clinkd recipes ls`")]
+Config = Annotated[
+    Path,
+    typer.Argument(help="YAML file; `clinkd recipes cp` makes one", callback=config_file),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="key=value", help="settings that replace the file's, as in seed=1"),

@@ -24,7 +24,11 @@ PACKAGES = (
     "pycocoevalcap",
     "pydicom",
     "nibabel",
+    "pyarrow",
     "peft",
+    "bitsandbytes",
+    "gguf",
+    "wandb",
     "flash-attn",
 )
 
@@ -105,8 +109,9 @@ def _ops() -> Iterator[str]:
         reason = module.why_not(native, device, torch.float32)
         choice = native if reason is None else "reference"
         yield f"{name:26} {choice:12} {reason or 'it is the fastest here'}"
-    reason = why_no_clusters(device)
-    switched = "on" if reason is None else "off"
-    yield f"{'kd_loss in one read':26} {switched:12} {reason or f'{SWITCH}=1'}"
+    reason, why = why_no_clusters(device), f"{SWITCH}=1"
+    if choice == "cpu":  # no switch there
+        reason, why = None, "a row's gradient is made while its logits are in the cache"
+    yield f"{'kd_loss in one read':26} {'on' if reason is None else 'off':12} {reason or why}"
     for name in ("linear_kd_loss", "linear_topk_kd_loss"):
         yield f"{name:26} {choice:12} as kd_loss, between matrix products of row chunks"

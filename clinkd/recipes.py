@@ -33,6 +33,24 @@ def recipe(name: str) -> Path:
     return known[name]
 
 
+def config_file(path: Path) -> Path:
+    """The path of a config as it was given.
+
+    Raises:
+        ConfigError: a folder, or no file but a recipe's name; what to write instead.
+    """
+    if path.is_dir():
+        own = path / "config.yaml"
+        hint = f"; the config of this run is {own}" if own.is_file() else ""
+        raise ConfigError(f"{path} is a folder, not a config{hint}")
+    if not path.exists() and path.suffix in ("", ".yaml", ".yml") and path.stem in recipes():
+        raise ConfigError(
+            f"{path}: there is no such file; copy the recipe of this name first: "
+            f"clinkd recipes cp {path.stem}"
+        )
+    return path
+
+
 def summary(path: Path) -> str:
     """The first comment line of a config: what it is for."""
     first = path.read_text(encoding="utf-8").splitlines()[0]

@@ -80,6 +80,21 @@ def test_doctor_says_what_each_op_takes():
         assert word in output
 
 
+def test_doctor_tells_of_one_read_on_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (line,) = [row for row in invoke("doctor").output.splitlines() if "one read" in row]
+    assert line.split()[4] == "on"
+
+
+@pytest.mark.parametrize("command", ["run", "distill", "validate", "plan", "ablate"])
+def test_what_is_no_config_says_what_to_write(tmp_path, command):
+    wrong = invoke(command, str(tmp_path / "demo-quick.yaml"))
+    assert "clinkd recipes cp demo-quick" in str(wrong.exception)
+    assert "is a folder, not a config" in str(invoke(command, str(tmp_path)).exception)
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    assert str(tmp_path / "config.yaml") in str(invoke(command, str(tmp_path)).exception)
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [(ClinkdError, 1), (ConfigError, 2), (DataError, 3), (SetupError, 4), (Preempted, 75)],

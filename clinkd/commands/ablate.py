@@ -6,9 +6,14 @@ from typing import Annotated
 
 import typer
 
+from clinkd.recipes import config_file
+
 
 def ablate(
-    config: Annotated[Path, typer.Argument(help="YAML file with every part on: the cell 'all'")],
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML file with every part on: the cell 'all'", callback=config_file),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="settings of every cell")
     ] = None,

@@ -20,7 +20,8 @@ def ask(
     ],
     question: Annotated[str, typer.Argument(help="what to ask about it")],
     model: Annotated[
-        str, typer.Option("--model", help="folder or hub name; a run's is run/student/…")
+        str,
+        typer.Option("--model", help="folder or hub name; a run's are run/student/distilled, …"),
     ],
     more: Annotated[
         list[Path] | None, typer.Option("--image", help="a further image; may be given again")

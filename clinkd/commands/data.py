@@ -175,9 +175,11 @@ def split(
     \b
       clinkd data split all.jsonl data --test 0.1 --valid 0.05 --seed 1
       clinkd data split all.jsonl data --root images
+      clinkd data check data/train.jsonl data/test.jsonl --root images
     Writes data/train.jsonl, data/test.jsonl, data/valid.jsonl. Records with one `group`, or with
     one image file, stay together. The same seed gives the same split, whatever the order of lines.
-    Image paths stay as they are: relative to the data root, not to the new folder.
+    Image paths stay as they are: relative to the data root, not to the new folder; a
+    config names that root in data.root.
     """
     from clinkd.data import split as splitting
     from clinkd.data.clusters import image_files

@@ -8,9 +8,14 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from clinkd.recipes import config_file
+
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file; see `clinkd recipes ls`")],
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML file; `clinkd recipes cp` makes one", callback=config_file),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="key=value", help="settings that replace the file's"),
@@ -80,7 +85,8 @@ def _fits(found: dict[str, Any], chosen: str) -> Table:
         cells = []
         for peak in peaks.values():
             card = next((card for card in CARDS if peak <= card * 1e9 * (1 - RESERVE)), None)
-            cells.append(f"{max(peak / 1e9, 0.01):.3g}: {card or 'no'}")
+            size = max(peak / 1e9, 0.01)
+            cells.append(f"{size:{'.2f' if size < 1 else '.3g'}}: {card or 'no'}")
         table.add_row(strategy + (" (chosen)" if strategy == chosen else ""), *cells)
     return table
 

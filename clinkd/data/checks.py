@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from clinkd.data.boxes import Box, find_boxes, to_box
+from clinkd.data.boxes import Box, stated_boxes, to_box
 from clinkd.data.images import image_size, load_image, resolve_image
 from clinkd.data.records import Record, collector_paused, scan_records
 from clinkd.data.split import leaks
@@ -18,6 +18,8 @@ IMAGE_CHECKS: tuple[ImageCheck, ...] = get_args(ImageCheck)
 DECODE_AT_MOST = 2000  # images; above, `require_sound` reads headers only
 MAX_ASPECT = 200  # Qwen-VL image processors refuse images longer than this many times their width
 _SHOWN = 5  # faults in one error message
+# forms of boxes that `clinkd data convert` reads, by the name that it has for them
+_CONVERTED = {"box": "box", "json": "qwen2.5, or qwen3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +123,24 @@ def check_text(record: Record) -> str | None:
     found: list[Box] = []
     answered = False  # with a box, by the last turn
     for turn in record.conversations:
-        corners = find_boxes(turn.value)
-        answered = bool(corners)
+        stated = stated_boxes(turn.value)
+        answered = bool(stated)
+        other = next((box for box in stated if box.form in _CONVERTED), None)
+        if other is not None:
+            return (
+                f"{record.id}: the text holds {turn.value[other.start : other.end]!r:.60}, where "
+                "records have <|box_start|>(x1,y1),(x2,y2)<|box_end|>: clinkd data convert IN OUT "
+                f"--from-boxes {_CONVERTED[other.form]}"
+            )
         try:
-            found += map(to_box, corners)
+            found += (to_box(box.corners) for box in stated)
         except ValueError as error:
             return f"{record.id}: the text holds {error}"
     if found and set(found) != set(record.boxes):
-        stated = [list(box) for box in record.boxes]
+        given = [list(box) for box in record.boxes]
         return (
-            f"{record.id}: 'boxes' is {stated}, but the text holds "
-            f"{[list(box) for box in dict.fromkeys(found)]}"
+            f"{record.id}: 'boxes' is {given}, but the text holds "
+            f"{[list(box) for box in dict.fromkeys(found)]}; both must hold the same"
         )
     if record.task == "VG" and not answered:
         return f"{record.id}: the answer of a VG record must hold a box"
@@ -210,7 +219,8 @@ class _Images:
         except SetupError:
             raise
         except DataError as error:
-            return str(error)
+            hint = "; --root, or data.root of a config, says where images lie"
+            return str(error) + (hint if "does not exist under" in str(error) else "")
         if size is not None and max(size) > MAX_ASPECT * min(size):
             return f"image {name!r} is {size[0]} × {size[1]}: over {MAX_ASPECT} times as long"
         return size

@@ -60,7 +60,7 @@ def test_sound_data(tmp_path, root, images):
 
 
 ONE_RECORD = [
-    (row("a", image="none.png"), "image 'none.png' does not exist"),
+    (row("a", image="none.png"), "--root, or data.root of a config, says where images lie"),
     (row("a", image="../train.jsonl"), "lies outside the data root"),
     (row("a", image="/etc/passwd"), "lies outside the data root"),
     (row("a", image="link.png"), "lies outside the data root"),
@@ -86,6 +86,15 @@ ONE_RECORD = [
         "the text holds a box outside the image (0…1000)",
     ),
     (row("a", conversations=answer("On the left.")), "answer of a VG record must hold a box"),
+    (
+        row("a", conversations=answer("<box>(100,200),(300,400)</box>")),
+        "where records have <|box_start|>(x1,y1),(x2,y2)<|box_end|>: clinkd data convert IN OUT "
+        "--from-boxes box",
+    ),
+    (
+        row("a", conversations=answer('{"bbox_2d": [100, 200, 300, 400]}')),
+        "--from-boxes qwen2.5, or qwen3",
+    ),
 ]
 
 

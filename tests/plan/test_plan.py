@@ -140,6 +140,7 @@ def test_the_command(config):
     text = run(str(config)).stdout
     assert "zero3" in text
     assert "the card it fits: 40 or 80 GB" in text
+    assert "…" not in text  # every cell is whole
 
 
 def test_the_cost_of_correction_is_an_upper_bound(config):
