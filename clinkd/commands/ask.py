@@ -86,20 +86,21 @@ def _answer(
 ) -> tuple[list[tuple[Any, float | None]], int]:
     """Candidates with their cosines, best beam first, and the index of the chosen one."""
     from transformers import AutoProcessor
-    from transformers.utils.logging import disable_progress_bar
 
     from clinkd import models
     from clinkd.data.convention import to_model
     from clinkd.generate import BeamSearcher, ClipScorer, select
     from clinkd.generate.scorer import mean_over_images
     from clinkd.generate.stream import as_in_records
+    from clinkd.pipeline.runner import quiet_libraries
+    from clinkd.pipeline.steps import why_unread
 
-    disable_progress_bar()  # of loading weights
+    quiet_libraries()
     try:
         network = models.load(name).eval()
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model {name!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"model {name!r} cannot be loaded: {why_unread(name, error)}") from error
     judge = ClipScorer.load(scorer) if scorer is not None else None
     searcher = BeamSearcher(network, processor, beams, beams, max_new_tokens)
     try:

@@ -1,6 +1,7 @@
 """`clinkd data`: convert, check, describe and split data sets."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,13 +82,20 @@ def convert(
     }
     reading = formats.Options(boxes=_boxes(source_boxes), **shared)
     writing = formats.Options(boxes=_boxes(target_boxes), **shared)
-    records, faults = [], []
+    records = []
+    faults: list[tuple[str, DataError]] = []
     for place, found in formats.scan_file(source, source_format, reading):
         if isinstance(found, DataError):
-            faults.append(f"{place}: {found}")
+            faults.append((place, found))
         else:
             records.append(found)
-    _print_faults(faults)
+    whys = {re.sub(r"^\S+: ", "", str(why)) for _, why in faults}  # without the row's id
+    if len(whys) == 1 < len(faults) and not records:  # another format: one line tells it
+        _print_faults([f"{source}: all {len(faults)} rows: {why}" for why in whys])
+    else:
+        _print_faults([f"{place}: {why}" for place, why in faults])
+    if faults and not records and (others := _readable_as(source, reading)):
+        typer.echo(f"its first row can be read with --from {' or '.join(others)}", err=True)
     if faults and not skip_faulty:
         raise DataError(
             f"{len(faults)} faults in {source}, nothing written; mend them, or leave those rows "
@@ -212,6 +220,14 @@ def _note_missing(files: dict[str, str], root: Path) -> None:
             "say where they lie with --root FOLDER",
             err=True,
         )
+
+
+def _readable_as(source: Path, options: Any) -> list[str]:
+    """The formats in which a file's first row is none of the faults."""
+    from clinkd.data import formats
+
+    first = {name: next(formats.scan_file(source, name, options)) for name in formats.FORMATS}
+    return [name for name, (_, found) in first.items() if not isinstance(found, DataError)]
 
 
 def _boxes(name: str | None) -> Any:

@@ -84,11 +84,12 @@ def compare(
     tables = [models_by_task(models, published=published)]
     tables += [tasks_by_modality(model) for model in models.values()]
     typer.echo("\n\n".join(render(table, form) for table in tables))
+    apart = form != "markdown"  # prose would spoil a file of the tables
     for name, model in models.items():
         for note in model.get("notes", []):
-            typer.echo(f"\n{name}: {note}")
+            typer.echo(f"\n{name}: {note}", err=apart)
     for name, tasks in pairs.items():
-        _show_pair(first, name, tasks)
+        _show_pair(first, name, tasks, err=apart)
 
 
 def _predictions(run: Path) -> Path:
@@ -98,10 +99,10 @@ def _predictions(run: Path) -> Path:
     return path
 
 
-def _show_pair(first: str, second: str, tasks: dict[str, Any]) -> None:
+def _show_pair(first: str, second: str, tasks: dict[str, Any], *, err: bool = False) -> None:
     from clinkd.evaluate.tables import ONE_GROUP
 
-    typer.echo(f"\n{second} against {first}:")
+    typer.echo(f"\n{second} against {first}:", err=err)
     for task, pair in tasks.items():
         sure = ""
         if pair.get("ci95"):
@@ -109,12 +110,14 @@ def _show_pair(first: str, second: str, tasks: dict[str, Any]) -> None:
             sure = f", 95 % [{low:+.2f}, {high:+.2f}], p {pair['p']:.3g}"
         elif "ci95" in pair:
             sure = f", {ONE_GROUP}"
-        typer.echo(f"{task} {pair['metric']}: {pair['difference']:+.2f} (n {pair['n']}{sure})")
+        score = f"{pair['metric']}: {pair['difference']:+.2f} (n {pair['n']}{sure})"
+        typer.echo(f"{task} {score}", err=err)
         for row in pair["most_different"][:3]:
             typer.echo(
-                f"    {row['id']} {row['difference']:+.1f}: truth {row['annotation']!r:.100}"
+                f"    {row['id']} {row['difference']:+.1f}: truth {row['annotation']!r:.100}",
+                err=err,
             )
-            typer.echo(f"        {row['first']!r:.100} → {row['second']!r:.100}")
+            typer.echo(f"        {row['first']!r:.100} → {row['second']!r:.100}", err=err)
 
 
 def evaluate_file(
@@ -178,7 +181,7 @@ def _show(
         alone = f"; {ONE_GROUP}" if "ci95" in result and result["ci95"] is None else ""
         console.print(f"{task}: {parts}{alone}")
         for name, value in result.get("extras", {}).items():
-            console.print(f"    {name} {value:.1f}")
+            console.print(f"    {name} {value:.{0 if name.endswith('_n') else 1}f}")
     console.print("")
     console.print(f"protocol {protocol}:")
     for note in notes:
@@ -206,4 +209,12 @@ def is_config(path: Path) -> bool:
         return True
     if path.suffix in (".jsonl", ".json"):
         return False
+    if path.is_dir():
+        files = [path / "config.yaml", path / "predictions.jsonl"]
+        files += sorted(path.glob("predictions/*.jsonl"))
+        found = ", ".join(str(file) for file in files if file.is_file())
+        raise ConfigError(
+            f"{path} is a folder; give a run's config.yaml, for its own evaluation, or a file of "
+            f"its predictions: {found or 'it holds neither'}"
+        )
     raise ConfigError(f"{path}: must be predictions (.jsonl) or a config (.yaml)")

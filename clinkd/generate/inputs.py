@@ -45,6 +45,8 @@ def encode_request(
         images = [to_rgb(each) if isinstance(each, Image.Image) else each for each in images]
         if not isinstance(request["question"], str):
             raise ValueError(f"question must be a text, got {request['question']!r:.80}")
+        if not request["question"].strip():
+            raise ValueError("question must not be empty")
         turns = [*_history(request.get("history", ())), request["question"]]
         encoded = encode_prompt(processor, turns, images, request.get("system"))
         inputs = {name: encoded[name] for name in _INPUTS if name in encoded}

@@ -150,7 +150,8 @@ class _OpenClip:
             )
             self.tokenizer = open_clip.get_tokenizer(name)
         except _UNREADABLE as error:
-            raise ConfigError(f"scorer {name!r} cannot be loaded: {error}") from error
+            given = f"{name}/{pretrained}" if pretrained else name
+            raise ConfigError(f"scorer {given!r} cannot be loaded: {error}") from error
         self.model: Any = model.eval()
         self.preprocess: Any = preprocess
         self.device = device

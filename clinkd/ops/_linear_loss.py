@@ -160,13 +160,7 @@ def reference_chunk(
 
 def _under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast would make of the inputs of a linear layer."""
-
-    def narrow(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-    return tuple(narrow(tensor) for tensor in tensors)
+    return tuple(None if t is None else t.to(product_dtype(t)) for t in tensors)
 
 
 def empty_gradients(

@@ -57,7 +57,7 @@ def shares(
 def product_dtype(hidden: Tensor) -> torch.dtype:
     """Type of the logits of hidden states, which autocast may have chosen."""
     kind = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if hidden.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return hidden.dtype
     return torch.get_autocast_dtype(kind)
 

@@ -5,13 +5,14 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from clinkd._version import __version__
-from clinkd.config import RunConfig, dump
+from clinkd.config import RunConfig, check, dump
 from clinkd.data.files import write_json, write_text
 from clinkd.errors import ClinkdError, ConfigError, DataError, SetupError
 
@@ -25,6 +26,8 @@ STAGES = (
     "evaluate",
     "report",
 )
+
+CHEAP = ("evaluate", "report")  # done again unasked
 
 # what each stage alone writes, removed before it starts over
 OWNED = {
@@ -53,6 +56,7 @@ CALLING = (
     "max_failures",
     "dry_run",
 )
+_ANY_INPUTS = {"train": "", "test": ""}  # hashes of files, where configs alone are compared
 
 
 class RunFolder:
@@ -68,11 +72,11 @@ class RunFolder:
         """Create the folder or go on in it, alone.
 
         Args:
-            update: accept a folder whose config differs; it is the folder's own after
-                `write_config`, and the stages it concerns are done again.
+            update: accept a config that differs in what a stage was done with; it is the folder's
+                own after `write_config`, and the stages it concerns are done again.
 
         Raises:
-            ConfigError: the folder belongs to another configuration.
+            ConfigError: something was done in the folder with another configuration.
             SetupError: it cannot be written, or another process works in it.
         """
         folder = cls(Path(config.output), config)
@@ -82,7 +86,7 @@ class RunFolder:
             folder._check_config(update)
             if not (folder.path / "config.yaml").exists():
                 folder.write_config()
-        except ConfigError:
+        except (ConfigError, DataError):
             folder.close()
             raise
         except (OSError, SetupError) as error:
@@ -130,12 +134,22 @@ class RunFolder:
         ours = self.config.model_dump(mode="json")
         different = sorted(_differences(theirs, ours, ""))
         different = [key for key in different if key != "output"]
-        if different and not update:
+        if different and not update and self._is_concerned(theirs):
             raise ConfigError(
                 f"run folder {self.path} belongs to another configuration; different: "
                 f"{', '.join(different)}. Choose another folder with output=FOLDER, or give "
                 "--update to do the stages that this concerns again"
             )
+
+    def _is_concerned(self, theirs: Any) -> bool:
+        """Whether something was done that another config than the folder's would do again."""
+        stages = self.book()["stages"].items()
+        done = {name for name, entry in stages if entry.get("status") == "done"}
+        begun = {name for name, _ in stages} - {"prepare"}  # of that one nothing is half done
+        with suppress(ConfigError):  # one of another version, say
+            marks = [fingerprints(each, _ANY_INPUTS) for each in (check(theirs), self.config)]
+            return any(marks[0][s] != marks[1][s] for s in (done | begun) - {*CHEAP})
+        return bool(done | begun)
 
     # paths ---------------------------------------------------------------------------------
 

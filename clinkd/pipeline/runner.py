@@ -1,5 +1,7 @@
 """Run stages in order, skip what is done, keep time and memory."""
 
+import io
+import logging
 import os
 import platform
 import signal
@@ -8,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
@@ -18,11 +20,10 @@ from clinkd._version import __version__
 from clinkd.config import SAMPLE, RunConfig
 from clinkd.data.files import sha256_file
 from clinkd.errors import ConfigError, Preempted, SetupError
-from clinkd.pipeline.folder import STAGES, RunFolder, fingerprints, free_bytes
+from clinkd.pipeline.folder import CHEAP, STAGES, RunFolder, fingerprints, free_bytes
 from clinkd.pipeline.paths import records_file
 from clinkd.progress import Console
 
-CHEAP = ("evaluate", "report")  # done again unasked
 INTERRUPTED = "stopped by Ctrl-C; what is done stays done: start again to go on"
 LEAST_FREE_BYTES = 200 << 20  # under this a run does not start: a stage would break in its middle
 
@@ -112,7 +113,9 @@ def _run_stage(
             interrupted = isinstance(error, KeyboardInterrupt)
             why = str(error) or type(error).__name__
             summary = INTERRUPTED if interrupted else f"stopped: {why}"
-            console.stage_failed(stage, summary, time.monotonic() - start)
+            # what is raised says why, in whoever's last line it becomes
+            said = INTERRUPTED if interrupted else "stopped"
+            console.stage_failed(stage, said, time.monotonic() - start)
             raise
         finally:
             folder.note(
@@ -156,13 +159,33 @@ def stopped_by_signals() -> Iterator[None]:
 def quiet_libraries() -> None:
     """Our own bars and lines say what happens; libraries' bars would run through them."""
     import torch
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    _log_once()
+    if os.environ.get("WANDB_MODE") == "offline":
+        with redirect_stdout(io.StringIO()):  # prints the mode, whether or not a run logs there
+            import transformers.integrations.integration_utils  # noqa: F401
     # of what they will rename, which users cannot change
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it chose so
+
+
+def _log_once() -> None:
+    """Warnings of libraries come once, and without what open_clip tells the root logger.
+
+    Its `logging.error` would call `basicConfig`, which prints again what others have printed.
+    """
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(logging.lastResort or logging.NullHandler())
+    root.addFilter(_is_named)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+
+
+def _is_named(record: logging.LogRecord) -> bool:
+    return record.name != "root"
 
 
 @contextmanager

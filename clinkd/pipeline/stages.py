@@ -33,6 +33,7 @@ from clinkd.pipeline.tasks import AnswerTask, CacheTask, TrainTask, run_task
 from clinkd.progress import Update
 from clinkd.train.correction.correct import correct_records, write_round
 from clinkd.train.correction.similarity import make_similarity
+from clinkd.train.correction.versions import count_statuses
 from clinkd.train.correctors import make_corrector
 
 Stage = Callable[[RunFolder, Update], str]
@@ -170,9 +171,7 @@ def correct(folder: RunFolder, progress: Update) -> str:
         if not (output / "config.json").exists():
             _round(folder, round_, current, corrector, similarity, progress)
         current = str(output)
-    done = [
-        f"round {k}: {_count_corrections(folder, k)} corrected" for k in range(1, config.rounds + 1)
-    ]
+    done = [f"round {k}: {_outcome(folder, k)}" for k in range(1, config.rounds + 1)]
     return ", ".join([*done, *filter(None, [corrector.summary()])])
 
 
@@ -206,8 +205,10 @@ def _round(
     run_task(folder, TrainTask(stage, start, output), progress)
 
 
-def _count_corrections(folder: RunFolder, round_: int) -> int:
-    return sum(1 for _ in read_jsonl(folder.correction(round_) / "corrections.jsonl"))
+def _outcome(folder: RunFolder, round_: int) -> str:
+    """What became of a round's weak answers, in a few words."""
+    rows = read_jsonl(folder.correction(round_) / "corrections.jsonl")
+    return count_statuses([row["status"] for row in rows])
 
 
 def generate_answers(folder: RunFolder, progress: Update) -> str:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,22 @@ def positions_of(config: RunConfig) -> PositionConfig:
     )
 
 
+def why_unread(name: str, error: Exception) -> str:
+    """Why no model can be read by that name: of a folder in our words, else transformers'."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return f"the folder holds no model{_holders(path, '*', '*/*')}"
+    if not path.exists() and (name.count("/") > 1 or ("/" in name and path.parent.is_dir())):
+        return f"there is no such folder{_holders(path.parent, '*')}"
+    return str(error).splitlines()[0]
+
+
+def _holders(folder: Path, *patterns: str) -> str:
+    """The folders within one that hold a model, as the end of a sentence."""
+    found = [p.parent for each in patterns for p in sorted(folder.glob(f"{each}/config.json"))]
+    return f"; models are in {', '.join(map(str, found[:8]))}" if found else ""
+
+
 def load_processor(config: RunConfig, path: str) -> Any:
     """A checkpoint's processor with the configured image sizes.
 
@@ -55,7 +72,7 @@ def load_processor(config: RunConfig, path: str) -> Any:
         )
     except (OSError, ValueError) as error:
         raise SetupError(
-            f"{path}: no processor can be read ({str(error).splitlines()[0]}); give a checkpoint's "
+            f"{path}: no processor can be read ({why_unread(path, error)}); give a checkpoint's "
             "folder, or a hub name"
         ) from None
     for name in ("size", "min_pixels", "max_pixels"):  # the tokenizer takes them for its own, and
@@ -79,8 +96,8 @@ def read_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise SetupError(
-            f"{name}: no model config can be read ({str(error).splitlines()[0]}); give a folder "
-            "with config.json, or a hub name"
+            f"{name}: no model config can be read ({why_unread(name, error)}); give a folder "
+            "with config.json, or a hub name (HF_HUB_OFFLINE=1: of what was fetched before)"
         ) from None
 
 

@@ -73,6 +73,21 @@ def test_convert_stops_at_faults_unless_told(bird, tmp_path):
     assert done.stdout == f"{out}: 22 records, 1 left out\n"
 
 
+@pytest.mark.parametrize("source", ["llava", "bird", "clinkd"])  # two of them name the row
+def test_a_file_of_another_format_is_told_once(records, tmp_path, source):
+    swift = tmp_path / "swift.jsonl"
+    assert invoke("convert", records, swift, "--to", "swift").exit_code == 0
+    rows = [json.loads(line) for line in swift.read_text().splitlines()]
+    for row in rows:
+        del row["task"]
+    swift.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = invoke("convert", swift, tmp_path / "x.json", "--from", source)
+    assert isinstance(done.exception, DataError)
+    fault, hint = done.stderr.splitlines()
+    assert fault.startswith(f"{swift}: all 24 rows: ")
+    assert hint == "its first row can be read with --from sharegpt or swift"
+
+
 def test_check_lists_faults_and_exits_with_3(records):
     lines = records.read_text().splitlines()
     lines[0] = lines[0].replace('"VG"', '"V"')

@@ -119,6 +119,39 @@ def test_compare_prints_tables_and_pairs(runs):
     assert isinstance(found.exception, DataError)
 
 
+@pytest.mark.parametrize("form", ["csv", "latex"])
+def test_compare_keeps_prose_out_of_a_file_of_tables(runs, form):
+    app = typer.Typer()
+    app.command()(command.compare)
+    found = CliRunner().invoke(app, [*runs, "--meteor", "python", "--format", form])
+    assert found.exit_code == 0, found.output
+    for prose in (f"{runs[1]} against {runs[0]}:", "ROC Recall: +50.00 (n 40", "truth 'liver'"):
+        assert prose not in found.stdout
+        assert prose in found.stderr
+
+
+def test_evaluate_of_a_run_folder_names_its_files(runs):
+    run = Path(runs[0])
+    (run / "config.yaml").touch()
+    (run / "predictions").mkdir()
+    (run / "predictions" / "base.jsonl").touch()
+    with pytest.raises(ConfigError, match="is a folder") as error:
+        command.is_config(run)
+    for name in ("config.yaml", "predictions.jsonl", "predictions/base.jsonl"):
+        assert str(run / name) in str(error.value)
+
+
+def test_evaluate_prints_a_count_as_one(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    sides = [row | {"annotation": "Left lung.", "response": "Left."} for row in rows(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in sides), encoding="utf-8")
+    settings = {"reference": None, "protocol": "clinkd", "task": None, "meteor": "python"}
+    command.evaluate_file(path, **settings, spice=False, skip_bad=False, as_json=False)
+    page = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "laterality_n 40" in page
+    assert "laterality_errors 0.0" in page
+
+
 @pytest.mark.parametrize("name", ["bird", "clinkd", "strict"])
 def test_evaluate_says_on_its_page_what_its_protocol_does(runs, name, capsys):
     command.evaluate_file(

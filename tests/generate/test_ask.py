@@ -53,6 +53,12 @@ def test_ask_refuses(model_folder, data):
     for arguments, error, message in (
         ((root / "none.png", "?", "--model", model_folder), DataError, "does not exist"),
         ((root / "1.png", "?", "--model", root), ConfigError, "cannot be loaded"),
+        ((root / "1.png", "?", "--model", root), ConfigError, "the folder holds no model"),
+        (
+            (root / "1.png", "?", "--model", model_folder.parent / "none"),
+            ConfigError,
+            "cannot be loaded: there is no such folder; models are in",
+        ),
         (
             (root / "1.png", "?", "--model", model_folder, "--show", "a.jpg"),
             ConfigError,

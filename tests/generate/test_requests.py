@@ -85,6 +85,14 @@ def test_a_question_that_is_no_text_fails_alone(demo, processor):
     assert bad.error == "question must be a text, got None"
 
 
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_an_empty_question_fails_alone(demo, processor, question):
+    requests = [{"question": "What is this?"}, {"question": question}]
+    good, bad = BeamSearcher(demo, processor, 2, 2, 3).generate(requests)
+    assert good.error is None
+    assert bad.error == "question must not be empty"
+
+
 def test_no_processor(model):
     (result,) = BeamSearcher(model, None).generate([{"id": "a", "question": "what?"}])
     assert "needs a processor" in result.error

@@ -275,7 +275,7 @@ def test_nan_is_passed_on(open_clip_folder, red):
     [
         ("local-dir:/nowhere", "holds neither open_clip_config.json nor config.json"),
         ("ViT-B-32", "write local-dir:FOLDER, hf-hub:OWNER/MODEL or ARCHITECTURE/PRETRAINED"),
-        ("ViT-B-32/nobody", "cannot be loaded"),
+        ("ViT-B-32/nobody", "scorer 'ViT-B-32/nobody' cannot be loaded"),
         ("folder/gone", "scorer 'folder/gone': there is no such folder, and open_clip has no"),
     ],
 )

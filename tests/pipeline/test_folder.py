@@ -30,7 +30,8 @@ def test_goes_on_in_its_own_folder(tmp_path):
 
 
 def test_refuses_a_folder_of_another_config(tmp_path):
-    RunFolder.open(config(tmp_path)).close()
+    with RunFolder.open(config(tmp_path)) as folder:
+        folder.note("prepare", status="done")
     with pytest.raises(ConfigError, match=r"different: distill\.epochs, seed\. Choose another"):
         RunFolder.open(config(tmp_path, seed=1, distill={"epochs": 9}))
     RunFolder.open(config(tmp_path, seed=1), update=True).close()
@@ -38,6 +39,45 @@ def test_refuses_a_folder_of_another_config(tmp_path):
     with RunFolder.open(config(tmp_path, seed=1), update=True) as folder:
         folder.write_config()
     RunFolder.open(config(tmp_path, seed=1)).close()  # it is the folder's own now
+
+
+ENDPOINT = {"kind": "endpoint", "url": "http://localhost/v1", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("status", "tree", "accepted"),
+    [
+        ({"prepare": "running"}, {"seed": 1}, True),  # stopped: nothing was done with it
+        ({"prepare": "done"}, {"distill": {"epochs": 9}}, True),
+        ({"prepare": "done"}, {"seed": 1}, False),
+        ({"prepare": "done", "teacher": "running"}, {"teacher": {"epochs": 9}}, False),
+        ({"correct": "running"}, {"correct": {"corrector": ENDPOINT | {"dry_run": True}}}, True),
+        ({"correct": "running"}, {"correct": {"corrector": ENDPOINT | {"max_calls": 3}}}, False),
+        ({"evaluate": "done"}, {"evaluate": {"protocol": "strict"}}, True),
+        ({"correct": "done"}, {"log": {"wandb": "mine"}}, True),
+    ],
+)
+def test_only_what_was_done_otherwise_is_held_against_a_config(tmp_path, status, tree, accepted):
+    first = {"correct": {"corrector": ENDPOINT}} if "correct" in status else {}
+    with RunFolder.open(config(tmp_path, **first)) as folder:
+        for stage, each in status.items():
+            folder.note(stage, status=each)
+    if accepted:
+        RunFolder.open(config(tmp_path, **{**first, **tree})).close()
+        return
+    with pytest.raises(ConfigError, match="belongs to another configuration"):
+        RunFolder.open(config(tmp_path, **{**first, **tree}))
+
+
+def test_a_config_of_another_version_is_another(tmp_path):
+    with RunFolder.open(config(tmp_path)) as folder:
+        path = folder.path / "config.yaml"
+        path.write_text("colour: blue\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    RunFolder.open(config(tmp_path)).close()
+    with RunFolder.open(config(tmp_path)) as folder:
+        folder.note("prepare", status="done")
+    with pytest.raises(ConfigError, match="different: colour"):
+        RunFolder.open(config(tmp_path))
 
 
 def test_refuses_a_folder_with_other_things_in_it(tmp_path):

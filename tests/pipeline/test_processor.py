@@ -1,6 +1,8 @@
 """The processor of a checkpoint sees images as the run's config says, whatever its file says."""
 
 import json
+import re
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -49,6 +51,28 @@ def test_sizes_stay_with_the_images(tmp_path, recwarn):
     processor.save_pretrained(tmp_path / "student")
     kept = json.loads((tmp_path / "student" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert {"size", "min_pixels", "max_pixels"}.isdisjoint(kept)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("read", [steps.read_config, partial(steps.load_processor, check({}))])
+def test_a_wrong_model_folder_is_named_with_the_right_ones(tmp_path, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("run/student/base", "run/student/distilled", "run/teacher"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
+    students = "run/student/base, run/student/distilled"
+    for name, why in (
+        ("run/student/corrected", f"there is no such folder; models are in {students}"),
+        ("run/nowhere", "there is no such folder; models are in run/teacher"),
+        ("other/student/base", "there is no such folder"),
+        ("run/student", f"the folder holds no model; models are in {students}"),
+        ("run", f"the folder holds no model; models are in run/teacher, {students}"),
+    ):
+        with pytest.raises(SetupError, match=re.escape(f"{name}: no ") + f".* \\({why}\\); give"):
+            read(name)
+    with pytest.raises(SetupError, match=r"couldn't connect"):  # the hub is asked
+        read("nobody/nothing")
 
 
 def test_another_size_than_asked_for_is_an_error(tmp_path, monkeypatch):

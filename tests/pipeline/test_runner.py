@@ -5,9 +5,12 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
+from clinkd import cli
 from clinkd.config import check
 from clinkd.data import images
 from clinkd.errors import ConfigError, DataError, Preempted, SetupError
@@ -93,6 +96,46 @@ def test_a_signal_while_an_image_is_read_is_no_damage_of_it(tmp_path, monkeypatc
     monkeypatch.setitem(stages.RUN, "prepare", reads)
     with pytest.raises(Preempted, match="stopped by SIGTERM"):
         run(tmp_path, last="prepare")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_why_a_stage_stopped_is_said_once(tmp_path, monkeypatch, capsys):
+    def fails(folder, progress):
+        raise DataError("what is wrong\nhow to mend it")
+
+    config = tmp_path / "c.yaml"
+    config.write_text(f"output: {tmp_path / 'run'}\n")
+    monkeypatch.setitem(stages.RUN, "prepare", fails)
+    monkeypatch.setattr("sys.argv", ["clinkd", "prepare", str(config)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == DataError.exit_code
+    said = capsys.readouterr()
+    assert said.out.split()[:2] == ["✗", "prepare"]
+    assert said.out.endswith("  stopped\n")
+    assert said.err == "clinkd: what is wrong\nhow to mend it\n"
+    book = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert book["stages"]["prepare"]["summary"] == "stopped: what is wrong\nhow to mend it"
+
+
+def test_libraries_say_nothing_twice():
+    """In a process of its own: pytest has handlers on the root logger."""
+    code = """if True:
+        import logging
+        from clinkd.pipeline.runner import quiet_libraries
+        quiet_libraries()
+        quiet_libraries()
+        import huggingface_hub, transformers.integrations.integration_utils
+        logging.error("22 tags")  # as open_clip does it
+        logging.getLogger("huggingface_hub.utils").warning("retry")
+        logging.getLogger("another").warning("kept")
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True, text=True, check=True, env=os.environ | {"WANDB_MODE": "offline"},
+    )  # fmt: skip
+    assert done.stdout == ""
+    assert done.stderr == "retry\nkept\n"
 
 
 def test_full_disk(tmp_path, monkeypatch):

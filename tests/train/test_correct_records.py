@@ -12,6 +12,7 @@ from clinkd.train.correction.similarity import (
     TokenF1,
     make_similarity,
 )
+from clinkd.train.correction.versions import count_statuses
 from clinkd.train.correctors import Reply
 from clinkd.train.correctors.rule import RuleCorrector
 
@@ -221,6 +222,22 @@ def test_missing_encoder_says_what_to_do(monkeypatch, tmp_path):
         make_similarity("minilm")
     with pytest.raises(SetupError, match="sentence-transformers is not installed"):
         SentenceSimilarity(tmp_path)
+
+
+def test_an_encoder_that_cannot_be_loaded_names_its_key(monkeypatch):
+    def load(*_, **__):
+        raise OSError("no network\nmore")
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", load)
+    message = r"^correct.similarity=nope: .*\(no network\); give minilm, token_f1 or an .* folder$"
+    with pytest.raises(SetupError, match=message):
+        make_similarity("nope")
+
+
+def test_what_failed_its_checks_does_not_count_as_corrected():
+    assert count_statuses(["truth"] * 6) == "0 corrected, 6 not (the truth instead)"
+    assert count_statuses(["accepted", "skipped"]) == "1 corrected, 1 not (left out)"
+    assert count_statuses(["accepted"]) == "1 corrected"
 
 
 def test_a_reply_that_cannot_be_learned_from():

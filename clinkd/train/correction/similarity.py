@@ -48,7 +48,11 @@ class SentenceSimilarity:
         try:
             self._model: Any = SentenceTransformer(str(path), device=device)
         except (OSError, ValueError) as error:
-            raise SetupError(f"sentence encoder {path} cannot be loaded: {error}") from None
+            why = str(error).partition("\n")[0]
+            raise SetupError(
+                f"correct.similarity={path}: no sentence encoder can be loaded ({why}); "
+                f"give {MINILM}, {TOKEN_F1} or an encoder's folder"
+            ) from None
 
     def __call__(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
         pairs = _pairs(first, second)

@@ -1,6 +1,7 @@
 """A round of corrections on disk: a new version of the data, never changed afterwards."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from clinkd.errors import DataError
 
 PROVENANCE = "correction"  # key of a record's extra that says where its answer is from
 Status = Literal["accepted", "truth", "kept", "skipped"]
+_INSTEAD = {"truth": "the truth instead", "kept": "kept as they were", "skipped": "left out"}
 _ORIGIN = ("status", "reason", "why", "similarity", "corrector", "judge", "threshold", "truth")
 
 
@@ -82,6 +84,13 @@ def apply_corrections(records: Sequence[Record], corrections: Sequence[Correctio
 
 def _origin(correction: Correction) -> dict[str, Any]:
     return {name: getattr(correction, name) for name in _ORIGIN}
+
+
+def count_statuses(statuses: Sequence[str]) -> str:
+    """How many weak answers were corrected, and what became of the others, in a few words."""
+    count = Counter(statuses)
+    others = [f"{count[name]} not ({what})" for name, what in _INSTEAD.items() if count[name]]
+    return ", ".join([f"{count['accepted']} corrected", *others])
 
 
 def write_round(
