@@ -147,8 +147,8 @@ def _score(value: float | None, digits: int = 1) -> str:
 
 
 def _signed(value: float | None) -> str:
-    """With a sign, and a real minus."""
-    return "–" if value is None else f"{value:+.1f}".replace("-", "−")
+    """With a sign, and a real minus; none before a zero."""
+    return "–" if value is None else f"{value:+z.1f}".replace("-", "−")
 
 
 def _whole(value: float | None) -> str:

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from clinkd.report import charts
+from clinkd.report.build import _signed
 from clinkd.report.corrections import examples
 from clinkd.report.gallery import in_turn, rectangle
 from clinkd.report.judge import as_boxes, judge, mean_iou, token_f1
@@ -24,6 +25,10 @@ def test_ticks_cover_the_range_evenly(low: float, high: float) -> None:
     assert 2 <= len(found) <= 8
     steps = [b - a for a, b in pairwise(found)]
     assert all(math.isclose(step, steps[0], rel_tol=1e-6) for step in steps)
+
+
+def test_a_zero_has_no_minus() -> None:
+    assert [_signed(each) for each in (-0.02, 0.02, -0.2, None)] == ["+0.0", "+0.0", "−0.2", "–"]
 
 
 def test_thin_keeps_the_last_point() -> None:
