@@ -38,7 +38,7 @@ def ask(
 ) -> None:
     """Ask a model about an image; prints the answer and its boxes (x1, y1, x2, y2; 0…1000)."""
     from clinkd.data.boxes import parse_boxes
-    from clinkd.data.checks import MAX_ASPECT
+    from clinkd.data.checks import check_aspect
     from clinkd.data.files import atomic_write
     from clinkd.data.images import load_image
 
@@ -51,12 +51,8 @@ def ask(
     images = []
     for path in (image, *(more or [])):
         images.append(load_image(path.absolute().parent, path.name))
-        width, height = images[-1].size
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise DataError(
-                f"image {path.name!r} is {width} × {height}: over {MAX_ASPECT} times as long; cut "
-                "it first"
-            )
+        if why := check_aspect(path.name, images[-1].size):
+            raise DataError(f"{why}; cut it first")
     candidates, chosen = _answer(model, images, question, beams, max_new_tokens, scorer)
     for index, (candidate, cosine) in enumerate(candidates):
         if not every and index != chosen:

@@ -58,6 +58,12 @@ class StatedBox(NamedTuple):
     form: str
     corners: tuple[float, float, float, float]
 
+    @property
+    def ordered(self) -> tuple[float, float, float, float]:
+        """The corners left, top, right, bottom, where they came reversed as well."""
+        x1, y1, x2, y2 = self.corners
+        return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+
 
 def format_boxes(
     boxes: Sequence[Sequence[float]],
@@ -125,13 +131,8 @@ def parse_boxes(
             raise ValueError("convention 'qwen2.5' holds pixels: size (width, height) is needed")
         scale_x, scale_y = 1000 / size[0], 1000 / size[1]
     return [
-        (
-            min(x1, x2) * scale_x,
-            min(y1, y2) * scale_y,
-            max(x1, x2) * scale_x,
-            max(y1, y2) * scale_y,
-        )
-        for *_, (x1, y1, x2, y2) in stated_boxes(text, names)
+        (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+        for left, top, right, bottom in (box.ordered for box in stated_boxes(text, names))
     ]
 
 

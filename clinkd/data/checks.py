@@ -118,6 +118,13 @@ def require_sound(
         )
 
 
+def check_aspect(name: str, size: tuple[int, int]) -> str | None:
+    """Whether an image, its size in pixels, is too thin for the models, or None."""
+    if max(size) <= MAX_ASPECT * min(size):
+        return None
+    return f"image {name!r} is {size[0]} × {size[1]}: over {MAX_ASPECT} times as long"
+
+
 def check_text(record: Record) -> str | None:
     """Whether the boxes in a record's texts are whole, in order, and those of `boxes`."""
     found: list[Box] = []
@@ -221,9 +228,7 @@ class _Images:
         except DataError as error:
             hint = "; --root, or data.root of a config, says where images lie"
             return str(error) + (hint if "does not exist under" in str(error) else "")
-        if size is not None and max(size) > MAX_ASPECT * min(size):
-            return f"image {name!r} is {size[0]} × {size[1]}: over {MAX_ASPECT} times as long"
-        return size
+        return size if size is None else check_aspect(name, size) or size
 
     def _exists(self, name: str) -> None:
         resolve_image(self.root, name)

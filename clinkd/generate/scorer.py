@@ -17,6 +17,7 @@ from torch import Tensor
 from clinkd.data.boxes import strip_boxes
 from clinkd.data.images import to_rgb
 from clinkd.errors import ConfigError
+from clinkd.models.weights import require_weights
 
 KEPT_IMAGES = 64  # vectors of the last images: questions of one image follow each other
 # what unreadable weights raise, such as the pointers that Git LFS leaves in their place
@@ -188,11 +189,7 @@ class _Transformers:
             raise ConfigError(
                 f"scorer {str(folder)!r}: {type(model).__name__} is no CLIP or SigLIP"
             )
-        if missing := sorted(info["missing_keys"]):  # transformers makes them up, with a warning
-            raise ConfigError(
-                f"scorer {str(folder)!r} has not all its weights: {len(missing)} tensors are "
-                f"missing, such as {missing[0]!r}"
-            )
+        require_weights(f"scorer {str(folder)!r}", info)
         self.model: Any = model.eval().to(device)
         self.device = device
         self.context = int(self.model.config.text_config.max_position_embeddings)

@@ -17,6 +17,7 @@ from clinkd.errors import ConfigError
 from clinkd.models.attention import text_attention, vision_attention
 from clinkd.models.embedding import IMPLS, TextRotary, VisionRotary, text_spec, vision_spec
 from clinkd.models.layout import ATTENTIONS, lay_out
+from clinkd.models.weights import require_weights
 from clinkd.positions import Grid, place
 from clinkd.positions import check_grids as check_rule
 from clinkd.rotary import PositionConfig
@@ -146,11 +147,7 @@ def load(
     model, info = AutoModelForImageTextToText.from_pretrained(
         path, dtype=dtype, output_loading_info=True, **kwargs
     )
-    if missing := sorted(info["missing_keys"]):  # transformers makes them up, with a warning
-        raise ConfigError(
-            f"checkpoint {str(path)!r} has not all its weights: {len(missing)} tensors are "
-            f"missing, such as {missing[0]!r}"
-        )
+    require_weights(f"checkpoint {str(path)!r}", info)
     return apply(model, chosen, impl, attention)
 
 

@@ -39,8 +39,7 @@ def _pieces(text: str) -> list[Piece]:
     at = 0
     for box in stated_boxes(text):
         _add(out, text[at : box.start])
-        x1, y1, x2, y2 = box.corners
-        left, top, right, bottom = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+        left, top, right, bottom = box.ordered
         out.append(("box", f"{left:g}, {top:g} – {right:g}, {bottom:g}"))
         at = box.end
     _add(out, text[at:])

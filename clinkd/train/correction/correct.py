@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from clinkd.data.boxes import iou, parse_boxes, stated_boxes
+from clinkd.data.boxes import iou, parse_boxes
 from clinkd.data.records import Record
 from clinkd.errors import DataError
 from clinkd.train.correction.facts import sides
@@ -35,19 +35,11 @@ def least_iou(answer: str, truth: str, boxes: Sequence[Sequence[float]] = ()) ->
     Args:
         boxes: the true boxes, for a truth that has none in its text.
     """
-    true = _corners(truth) or [tuple(map(float, box)) for box in boxes]
-    found = _corners(answer)
+    true: Sequence[Sequence[float]] = parse_boxes(truth) or boxes
+    found = parse_boxes(answer)
     if not true:
         return None
     return min(max((iou(box, other) for other in found), default=0.0) for box in true)
-
-
-def _corners(text: str) -> list[tuple[float, ...]]:
-    """Boxes with their corners put in order, in every convention."""
-    return [
-        (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-        for x1, y1, x2, y2 in (box.corners for box in stated_boxes(text))
-    ]
 
 
 def needs_correction(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,19 @@ class LocalCorrector:
         if is_gguf and find_spec("gguf") is None:
             raise SetupError(f"{settings.model} needs the package gguf: pip install gguf")
         self.name = f"local:{self._path.name}, prompt {prompt.VERSION}"
-        self._identity: list[tuple[str, str]] = []
         self._written = self._stored = 0
 
     def summary(self) -> str:
         return f"{self._written} replies written, {self._stored} from the cache"
 
+    @cached_property
+    def _identity(self) -> list[tuple[str, str]]:
+        """By content: a model that is trained on keeps its name and its size."""
+        files = [self._path] if self._path.suffix == _GGUF else sorted(self._path.iterdir())
+        return [(file.name, sha256_file(file)) for file in files if file.is_file()]
+
     def correct(self, cases: Sequence[Case], progress: Progress | None = None) -> list[Reply]:
         """A reply for each case; different cases of like length go through the model together."""
-        # by content: a model that is trained on keeps its name and its size
-        is_gguf = self._path.suffix == _GGUF
-        files = [self._path] if is_gguf else sorted(self._path.iterdir())
-        self._identity = [(file.name, sha256_file(file)) for file in files if file.is_file()]
         names = {case: self._name(case) for case in cases}
         with ReplyCache(self._cache_path) as cache:
             missing = {names[c]: c for c in cases if cache.get(names[c]) is None}
