@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from clinkd.data.files import write_text
 from clinkd.evaluate.tables import plain
 from clinkd.report import corrections, gallery, scores, selection
+from clinkd.report.judge import MOST_JUDGED
 from clinkd.report.paper import paper_tables
 from clinkd.report.read import Row, Run, read_run
 
@@ -106,6 +107,7 @@ def _page(run: Run, chosen: list[tuple[Row, Row]], pictures: gallery.Pictures) -
             cards=cards,
             filters=_filters(cards),
             answered=len(run.predictions),
+            most_judged=MOST_JUDGED,
             rounds=corrections.rounds(run.corrections, pictures),
             stages=scores.stage_rows(run),
             settings=settings_table(run.config),

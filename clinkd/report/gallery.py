@@ -14,7 +14,7 @@ from clinkd.data.boxes import parse_boxes
 from clinkd.data.images import load_image
 from clinkd.data.records import TASKS
 from clinkd.errors import DataError
-from clinkd.report.judge import as_boxes, judge
+from clinkd.report.judge import MOST_JUDGED, as_boxes, judge
 from clinkd.report.read import Row, candidates_of
 from clinkd.report.scores import number
 from clinkd.report.selection import first_beam
@@ -174,7 +174,7 @@ def _card(index: int, row: Row, judged: Row, pictures: Pictures) -> Row:
         for position, candidate in enumerate(candidates[:MOST_CANDIDATES])
     ]
     names = shown_images(row)
-    predicted = parse_boxes(str(row.get("response") or ""))[:MOST_BOXES]
+    response = str(row.get("response") or "")
     error = row.get("error")
     return {
         "number": index,
@@ -183,12 +183,12 @@ def _card(index: int, row: Row, judged: Row, pictures: Pictures) -> Row:
         "modality": label(row.get("modality"), "unknown"),
         "question": pieces(str(row.get("question") or "")),
         "truth": pieces(truth),
-        "response": pieces(str(row.get("response") or "")),
+        "response": pieces(response),
         "error": "".join(cut(str(error), MOST_IN_CANDIDATE)) if error else None,
         "images": [{"name": name} | pictures.get(name) for name in names],
         "more_images": len(image_names(row)) - len(names),
         "true_boxes": [rectangle(box) for box in true[:MOST_BOXES]],
-        "predicted_boxes": [rectangle(box) for box in predicted],
+        "predicted_boxes": _rectangles(response),
         "candidates": shown,
         "more_candidates": len(candidates) - len(shown),
         "selection": label(row.get("selection")),
@@ -211,7 +211,7 @@ def _candidate(
     return {
         "position": position,
         "text": pieces(text, MOST_IN_CANDIDATE),
-        "boxes": [rectangle(box) for box in parse_boxes(text)[:MOST_BOXES]],
+        "boxes": _rectangles(text),
         "score": number(candidate.get("score")),
         "clip": number(candidate.get("clip")),
         "verdict": result.verdict,
@@ -220,6 +220,11 @@ def _candidate(
         "chosen": chosen,
         "first": first,
     }
+
+
+def _rectangles(text: str) -> list[dict[str, Any]]:
+    """The first boxes of the part of an answer that is judged."""
+    return [rectangle(box) for box in parse_boxes(text[:MOST_JUDGED])[:MOST_BOXES]]
 
 
 def rectangle(box: Sequence[float]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from clinkd.report.scores import number
 RIGHT_IOU = 0.5  # Recall@0.5, as in the table
 RIGHT_F1 = 0.8
 WRONG_F1 = 0.4  # below it an answer shares little more than filler words
+MOST_JUDGED = 4_000  # characters: of dozens of candidates that were let run on all would take long
 
 Boxes = list[tuple[float, float, float, float]]
 
@@ -32,10 +33,11 @@ def judge(task: str, text: str, truth: str, boxes: Boxes) -> Judgement:
     """Judge one answer.
 
     Args:
-        text: the answer, with its boxes.
-        truth: the true answer's text.
+        text: the answer, with its boxes; its beginning, `MOST_JUDGED`, counts.
+        truth: the true answer's text, likewise.
         boxes: true boxes, 0…1000 relative to the image.
     """
+    text, truth = text[:MOST_JUDGED], truth[:MOST_JUDGED]
     if task == "VG":
         value = mean_iou(parse_boxes(text), boxes)
         return Judgement("right" if value >= RIGHT_IOU else "wrong", value, "IoU")

@@ -1,7 +1,7 @@
 """What choosing among the candidates gained over the first beam, and what it left."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from clinkd.data.records import TASKS
 from clinkd.report import charts
@@ -18,14 +18,13 @@ def selection(predictions: Sequence[Row], metrics: Row) -> list[Row]:
     In the table's own metrics where `metrics` holds them; else counted here, with VG by IoU ≥ 0.5
     and the other tasks by mean token F1.
     """
-    measured = object_(metrics.get("selection"))
+    told = _told(metrics)
     rows = []
-    for task, counted in _counted_selection(predictions).items():
+    for task, counted in _counted_selection(predictions, told.keys()).items():
         first, chosen, oracle = counted["scores"]
         measure, own, n = "Recall@0.5" if task == "VG" else "token F1", False, counted["n"]
-        told = [number(object_(measured.get(task)).get(k)) for k in _SELECTION_KEYS]
-        if told[0] is not None and told[1] is not None and told[2] is not None:
-            first, chosen, oracle = told[0], told[1], told[2]
+        if task in told:
+            first, chosen, oracle = told[task]
             scored = _scored(metrics, task)
             # a question that failed has a score in the metrics, and no candidates to count
             measure, own, n = scored.get("metric", "score"), True, scored.get("n") or n
@@ -48,23 +47,35 @@ def selection(predictions: Sequence[Row], metrics: Row) -> list[Row]:
     return rows
 
 
+def _told(metrics: Row) -> dict[str, list[float]]:
+    """By task: the three scores, of tasks for which the metrics hold all of them."""
+    found = {}
+    for task, scores in object_(metrics.get("selection")).items():
+        told = [number(object_(scores).get(key)) for key in _SELECTION_KEYS]
+        known = [score for score in told if score is not None]
+        if len(known) == len(told):
+            found[str(task)] = known
+    return found
+
+
 def _scored(metrics: Row, task: str) -> Row:
     known = models(metrics.get("models")).values()
     return next((m["tasks"][task] for m in known if task in m["tasks"]), {})
 
 
-def _counted_selection(predictions: Sequence[Row]) -> dict[str, Row]:
-    """By task: number of answered questions, % not the first beam, the three scores."""
+def _counted_selection(predictions: Sequence[Row], told: Container[str]) -> dict[str, Row]:
+    """By task: number of answered questions, % not the first beam, the three scores.
+
+    Args:
+        told: tasks whose scores are known, so that none is counted.
+    """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
     for row in predictions:
         candidates, chosen = candidates_of(row), row.get("selected")
         if row.get("error") or type(chosen) is not int or not 0 <= chosen < len(candidates):
             continue
-        task, boxes = str(row.get("task")), as_boxes(row.get("boxes"))
-        truth = str(row.get("annotation") or "")
-        values = [judge(task, str(c.get("text") or ""), truth, boxes).value for c in candidates]
-        if task == "VG":
-            values = [float(v >= RIGHT_IOU) for v in values]
+        task = str(row.get("task"))
+        values = [0.0] * len(candidates) if task in told else _values(row, candidates)
         first = first_beam(candidates)
         added = (1.0, float(first != chosen), values[first], values[chosen], max(values))
         sums[task] = [a + b for a, b in zip(sums[task], added, strict=True)]
@@ -74,6 +85,13 @@ def _counted_selection(predictions: Sequence[Row]) -> dict[str, Row]:
         scores = [100 * total / n for total in totals]
         out[task] = {"n": n, "changed": 100 * changed / n, "scores": scores}
     return out
+
+
+def _values(row: Row, candidates: Sequence[Row]) -> list[float]:
+    task, boxes = str(row.get("task")), as_boxes(row.get("boxes"))
+    truth = str(row.get("annotation") or "")
+    values = [judge(task, str(c.get("text") or ""), truth, boxes).value for c in candidates]
+    return [float(v >= RIGHT_IOU) for v in values] if task == "VG" else values
 
 
 def first_beam(candidates: Sequence[Row]) -> int:

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from clinkd.report import build_report
+from clinkd.report import judge as judging
 from clinkd.report.build import MOST_BYTES
 from clinkd.report.gallery import MOST_PICTURE_BYTES, Pictures
-from clinkd.report.judge import as_boxes
+from clinkd.report.judge import MOST_JUDGED, as_boxes, judge
 from clinkd.report.scores import number
 from clinkd.report.text import changes, pieces
 
@@ -71,6 +72,24 @@ def test_answers_that_were_let_run_on(run: Path, tmp_path: Path, word: str) -> N
     assert "more characters" in html
     assert "16 of 18 candidates" in html
     assert html == page(run, rows, tmp_path)
+
+
+def test_of_long_answers_the_beginning_is_judged(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    whole = judging.words
+    monkeypatch.setattr(judging, "words", lambda text: seen.append(len(text)) or whole(text))
+    candidates = [{"text": "liver " * 20_000, "score": -float(i)} for i in range(36)]
+    row = next(row for row in lines(run) if row["task"] == "MIA")
+    html = page(run, [row | {"candidates": candidates, "selected": 0}])
+    assert max(seen) == MOST_JUDGED
+    # of those that are shown alone: the metrics say what choosing gained
+    assert len(seen) <= 2 * (16 + 1)
+    assert "first 4 000 characters are judged" in html.replace("\u202f", " ")
+    start = "(1,2),(3,4)"
+    assert judge("VG", start + "x" * MOST_JUDGED, "", [(1, 2, 3, 4)]).verdict == "right"
+    assert judge("VG", "x" * MOST_JUDGED + start, "", [(1, 2, 3, 4)]).verdict == "wrong"
 
 
 def test_pictures_give_way_to_text(
