@@ -23,6 +23,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from clinkd.averages import comparable_average
+
 Update = Callable[[int, int, str], None]  # done, all, what to show beside them
 
 TASK_NAMES = {"VG": "grounding", "ROC": "classify region", "RC": "describe region", "MIA": "image"}
@@ -111,9 +113,7 @@ def _cells(name: str, model: Mapping[str, Any], tasks: Mapping[str, str]) -> lis
     for task in tasks:
         result = (model.get("tasks") or {}).get(task) or {}
         cells.append(Text(_score(result.get("score")) + _interval(result.get("ci95"))))
-    # over fewer tasks it is not to be set beside the others'
-    whole = tasks.keys() <= (model.get("tasks") or {}).keys()
-    return [*cells, Text(_score(model.get("average") if whole else None))]
+    return [*cells, Text(_score(comparable_average(model, tasks)))]
 
 
 def _score(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clinkd.averages import comparable_average
 from clinkd.data.records import TASKS
 from clinkd.errors import ConfigError
 from clinkd.evaluate.published import TABLE_1, TABLE_2
@@ -36,8 +37,7 @@ def models_by_task(models: Mapping[str, Mapping[str, Any]], *, published: bool =
     asked = {task for model in models.values() for task in model["tasks"]}
     for name, model in models.items():
         results = [model["tasks"].get(task) for task in TASKS]
-        # over fewer tasks it is not to be set beside the others'
-        average = model["average"] if asked <= model["tasks"].keys() else None
+        average = comparable_average(model, asked)
         rows.append((str(model.get("label") or name), *map(_scored, results), average))
     if published:
         for row in TABLE_1:

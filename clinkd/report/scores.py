@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from clinkd.averages import comparable_average
 from clinkd.data.records import TASKS
 from clinkd.progress import format_seconds
 from clinkd.report import charts
@@ -38,8 +39,7 @@ def results(metrics: Row) -> Row | None:
     everyone = [*known.values(), *baselines.values()]
     tasks = [t for t in TASKS if any(t in m["tasks"] for m in everyone)]
     for model in everyone:
-        if any(task not in model["tasks"] for task in tasks):
-            model["average"] = None  # over fewer tasks: not to be set beside the others'
+        model["average"] = comparable_average(model, tasks)
     verdicts = metrics.get("verdicts")
     final = next((name for name in _FINAL if name in known), list(known)[-1])
     for name, model in known.items():

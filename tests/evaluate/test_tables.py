@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from clinkd.averages import comparable_average
 from clinkd.commands import evaluate as command
 from clinkd.errors import ConfigError, DataError
 from clinkd.evaluate.compare import compare
@@ -168,3 +169,11 @@ def test_evaluate_says_on_its_page_what_its_protocol_does(runs, name, capsys):
     assert "means over eight modalities" in page
     assert f"protocol {name}:" in page
     assert ("mBMR is the mean of six" in page) == (name != "strict")
+
+
+def test_an_average_over_fewer_tasks_stands_beside_none():
+    model = {"average": 40.0, "tasks": {"VG": {}, "RC": {}}}
+    assert comparable_average(model, ["RC"]) == 40.0
+    assert comparable_average(model, {"RC": 1, "VG": 1}) == 40.0
+    assert comparable_average(model, ["RC", "VG", "MIA"]) is None
+    assert comparable_average({}, ["RC"]) is None
