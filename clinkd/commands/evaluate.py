@@ -54,7 +54,13 @@ def compare(
     from clinkd.evaluate.predictions import read_predictions
     from clinkd.evaluate.run import meteor_metric
     from clinkd.evaluate.score import score_model
-    from clinkd.evaluate.tables import FORMATS, models_by_task, render, tasks_by_modality
+    from clinkd.evaluate.tables import (
+        FORMATS,
+        long_table,
+        models_by_task,
+        render,
+        tasks_by_modality,
+    )
 
     if len(runs) < 2:
         raise ConfigError("compare needs two runs or more")
@@ -81,8 +87,11 @@ def compare(
             result["published"] = json.loads(render(models_by_task({}, published=True), "json"))
         typer.echo(json.dumps(result, indent=2))
         return
-    tables = [models_by_task(models, published=published)]
-    tables += [tasks_by_modality(model) for model in models.values()]
+    if form == "csv":
+        tables = [long_table(models, pairs, published=published)]
+    else:
+        tables = [models_by_task(models, published=published)]
+        tables += [tasks_by_modality(model) for model in models.values()]
     typer.echo("\n\n".join(render(table, form) for table in tables))
     apart = form != "markdown"  # prose would spoil a file of the tables
     for name, model in models.items():

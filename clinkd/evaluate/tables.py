@@ -59,6 +59,50 @@ def tasks_by_modality(model: Mapping[str, Any]) -> Table:
     return Table(title, ("Task", *modalities, "Mean of the row", "Score"), tuple(rows))
 
 
+_LONG = (
+    *("model", "task", "metric", "modality", "n", "score", "low", "high"),
+    *("difference", "difference_low", "difference_high", "p"),
+)
+
+
+def long_table(
+    models: Mapping[str, Mapping[str, Any]],
+    pairs: Mapping[str, Mapping[str, Any]],
+    *,
+    published: bool = False,
+) -> Table:
+    """All figures of a comparison in one table, a score a row, as spreadsheets and pandas read it.
+
+    A row is a model's task in one modality, in all of them (`all`), or its average over all tasks
+    (`average`). Empty is what is not known or does not exist.
+
+    Args:
+        pairs: of each model but the first: what `compare` found against that one.
+        published: the paper's rows below.
+    """
+    rows: list[tuple[Cell, ...]] = []
+    asked = {task for model in models.values() for task in model["tasks"]}
+
+    def add(*cells: Cell) -> None:
+        rows.append((*cells, *[None] * (len(_LONG) - len(cells))))
+
+    for name, model in models.items():
+        label = str(model.get("label") or name)
+        for task in (task for task in TASKS if task in model["tasks"]):
+            result, pair = model["tasks"][task], pairs.get(name, {}).get(task, {})
+            low, high = result.get("ci95") or (None, None)
+            differs = (pair.get("difference"), *(pair.get("ci95") or (None, None)), pair.get("p"))
+            head = (label, task, str(result["metric"]))
+            add(*head, "all", result["n"], result["score"], low, high, *differs)
+            for modality, part in result["modalities"].items():
+                add(*head, modality, part["n"], part["score"])
+        add(label, "average", None, "all", None, comparable_average(model, asked))
+    for row in TABLE_1 if published else ():
+        for task, score in (*row.scores.items(), ("average", row.mean)):
+            add(row.label, task, None, "all", None, score)
+    return Table("Scores", _LONG, tuple(rows))
+
+
 def ablation_table(result: Mapping[str, Any], *, published: bool = False) -> Table:
     """Table 2: cells × tasks, mean ± sd over seeds, and the gain of the average over the base.
 
@@ -112,11 +156,11 @@ def render(table: Table, form: str) -> str:
     if form == "json":
         rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
         return json.dumps({"title": table.title, "rows": rows}, ensure_ascii=False, indent=2)
-    cells = [[_text(cell) for cell in row] for row in (table.columns, *table.rows)]
-    if form == "csv":
+    if form == "csv":  # numbers as they are, and nothing where there is none
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows(cells)
+        csv.writer(out, lineterminator="\n").writerows((table.columns, *table.rows))
         return out.getvalue().rstrip("\n")
+    cells = [[_text(cell) for cell in row] for row in (table.columns, *table.rows)]
     if form == "markdown":
         head, *body = ([cell.replace("|", "\\|") for cell in row] for row in cells)
         rule = ["---", *["---:"] * (len(head) - 1)]

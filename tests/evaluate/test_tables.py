@@ -43,12 +43,12 @@ def model(right, bootstrap=0):
 def test_every_format_holds_the_same_numbers():
     table = models_by_task({"x": model(20)}, published=True)
     found = list(csv.reader(io.StringIO(render(table, "csv"))))
-    assert found[1] == ["a_b & c", "–", "50.00", "–", "–", "50.00"]
+    assert found[1] == ["a_b & c", "", "50.0", "", "", "50.0"]
     rows = {row[0]: row[1:] for row in found}
     assert rows["ClinKD (paper, as printed)"] == ["67.51", "82.35", "70.56", "65.69", "71.53"]
-    assert rows["ClinKD (paper, recomputed)"] == ["67.65", "82.35", "70.56", "65.30", "71.46"]
-    assert rows["BiRD (paper, as printed)"] == ["–", "65.33", "–", "–", "56.66"]
-    assert rows["LLaVA-Med (paper)"] == ["0.00", "2.75", "8.18", "11.20", "5.53"]
+    assert rows["ClinKD (paper, recomputed)"] == ["67.65", "82.35", "70.56", "65.3", "71.46"]
+    assert rows["BiRD (paper, as printed)"] == ["", "65.33", "", "", "56.66"]
+    assert rows["LLaVA-Med (paper)"] == ["0.0", "2.75", "8.18", "11.2", "5.53"]
     assert json.loads(render(table, "json"))["rows"][0]["ROC"] == 50.0
     assert "| a_b & c | – | 50.00 | – | – | 50.00 |" in render(table, "markdown")
     assert r"a\_b \& c & -- & 50.00" in render(table, "latex")
@@ -118,6 +118,27 @@ def test_compare_prints_tables_and_pairs(runs):
     assert isinstance(found.exception, ConfigError)
     found = runner.invoke(app, [runs[0], runs[1] + "/none"])
     assert isinstance(found.exception, DataError)
+
+
+def test_compare_writes_one_table_as_csv(runs):
+    app = typer.Typer()
+    app.command()(command.compare)
+    arguments = [*runs, "--meteor", "python", "--format", "csv", "--published"]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    table = list(csv.DictReader(io.StringIO(found.stdout)))
+    assert all(None not in row and None not in row.values() for row in table)
+    at = {(row["model"], row["task"], row["modality"]): row for row in table}
+    assert len(at) == len(table)
+    second = at[runs[1], "ROC", "all"]
+    assert (second["metric"], second["n"], second["score"]) == ("Recall", "40", "75.0")
+    assert float(second["low"]) < 75 < float(second["high"])
+    assert float(second["difference_low"]) < float(second["difference"]) == 50
+    assert 0 < float(second["p"]) < 0.05
+    assert at[runs[0], "ROC", "all"]["difference"] == ""
+    assert at[runs[1], "ROC", "mr"]["n"] == "20"
+    assert at[runs[1], "average", "all"]["score"] == "75.0"
+    assert at["ClinKD (paper, as printed)", "average", "all"]["score"] == "71.53"
 
 
 @pytest.mark.parametrize("form", ["csv", "latex"])
