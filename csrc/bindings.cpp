@@ -10,6 +10,7 @@
 #endif
 
 namespace clinkd {
+void bind_attention(pybind11::module_& m);
 void bind_kd_loss(pybind11::module_& m);
 void bind_rotary(pybind11::module_& m);
 void bind_topk_kd(pybind11::module_& m);
@@ -17,6 +18,7 @@ void bind_topk_kd(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Row-wise kernels of clinkd: pointers, sizes and strides as integers, no torch inside.";
+  clinkd::bind_attention(m);
   clinkd::bind_kd_loss(m);
   clinkd::bind_rotary(m);
   clinkd::bind_topk_kd(m);
