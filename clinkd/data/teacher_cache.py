@@ -12,6 +12,7 @@ log-sum-exp at one temperature and K logits with their tokens, in 4.25 + 4 / K b
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -102,13 +103,19 @@ def decode_top_k(rows: dict[str, Tensor], temperature: float) -> dict[str, Tenso
 class TeacherCache:
     """A cache folder, opened for one `CacheSpec`; writes missing shards, reads whole ones.
 
+    Args:
+        places: of the records that `read` counts among those of the cache; default: all.
+
     Raises:
         DataError: the folder was made from something else; the message says what differs.
     """
 
-    def __init__(self, folder: str | Path, spec: CacheSpec) -> None:
+    def __init__(
+        self, folder: str | Path, spec: CacheSpec, places: Sequence[int] | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.spec = spec
+        self.places = range(spec.records) if places is None else places
         self._open: dict[int, tuple[Any, Tensor]] = {}
         manifest = self.folder / "manifest.json"
         expected = {"format": FORMAT, **asdict(spec)}
@@ -179,8 +186,9 @@ class TeacherCache:
         Raises:
             DataError: the shard is absent or damaged, or the answer is another.
         """
-        if not 0 <= record < self.spec.records:
-            raise IndexError(f"record must be 0 to {self.spec.records - 1}, got {record}")
+        if not 0 <= record < len(self.places):
+            raise IndexError(f"record must be 0 to {len(self.places) - 1}, got {record}")
+        record = self.places[record]
         shard, place = divmod(record, self.spec.shard_records)
         file, offsets = self._shard(shard)
         rows = slice(int(offsets[place]), int(offsets[place + 1]))

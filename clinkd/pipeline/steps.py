@@ -1,5 +1,6 @@
 """What several stages need: a model, its processor, records, the teacher's cache."""
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -196,9 +197,13 @@ def stage_records(folder: RunFolder, stage: str) -> list[Record]:
         return read_records(folder.data("teacher"))
     if stage != "distill":
         return read_records(folder.correction(int(stage.split("-")[1])) / "data.jsonl")
+    return _distill_records(folder, folder.config.distill.min_confidence)
+
+
+def _distill_records(folder: RunFolder, least: float) -> list[Record]:
     records = read_records(folder.data("train"))
     if folder.config.distill.pseudo_labels != "soft":
-        records += _hard_labels(folder, records, folder.config.distill.min_confidence)
+        records += _hard_labels(folder, records, least)
     return records
 
 
@@ -239,14 +244,40 @@ def asked_records(folder: RunFolder, name: str) -> list[Record]:
     return limit_records(records, config.correct.records_limit, config.seed + round_)
 
 
+def cached_records(folder: RunFolder) -> list[Record]:
+    """What the run's teacher cache is of: what distillation learns from, or more than that."""
+    return _distill_records(folder, _cached_confidence(folder))
+
+
+def _cached_confidence(folder: RunFolder) -> float:
+    """The `min_confidence` of the run's cache: a lower one that it was made for does as well."""
+    ours = folder.config.distill.min_confidence
+    try:
+        manifest = json.loads((_cache_folder(folder) / "manifest.json").read_text("utf-8"))
+        return min(ours, float(manifest["sources"]["min_confidence"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return ours  # none there, or one that is refused as it is opened
+
+
+def _cache_folder(folder: RunFolder) -> Path:
+    settings = folder.config.distill
+    top_k = f"top-{settings.teacher_top_k}-at-{settings.temperature:g}"
+    name = top_k if settings.teacher_cache == "top-k" else "hidden"
+    return folder.path / "teacher-cache" / name
+
+
 def open_cache(folder: RunFolder, records: Sequence[Record], processor: Any) -> TeacherCache:
-    """The run's teacher cache for its settings, whole or not.
+    """The run's teacher cache for its settings, whole or not, to be read for `records`.
+
+    Args:
+        records: of `cached_records`, all or some.
 
     Raises:
         DataError: what is there was made from something else.
     """
-    config = folder.config
+    config, kept = folder.config, cached_records(folder)
+    made = config.distill.model_copy(update={"min_confidence": _cached_confidence(folder)})
     root = data_root(config.data)
-    spec = cache_spec(config.distill, config.model, records, root, processor, folder.teacher)
-    name = f"top-{spec.width}-at-{spec.temperature:g}" if spec.kind == "top-k" else "hidden"
-    return TeacherCache(folder.path / "teacher-cache" / name, spec)
+    spec = cache_spec(made, config.model, kept, root, processor, folder.teacher)
+    place = {record.id: index for index, record in enumerate(kept)}
+    return TeacherCache(_cache_folder(folder), spec, [place[record.id] for record in records])

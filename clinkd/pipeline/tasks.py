@@ -16,6 +16,7 @@ from clinkd.pipeline.paths import data_root
 from clinkd.pipeline.steps import (
     asked_records,
     asks_live,
+    cached_records,
     load_model,
     load_processor,
     load_teacher,
@@ -134,7 +135,7 @@ def _train(folder: RunFolder, task: TrainTask, progress: Update) -> str:
 
 def _fill(folder: RunFolder, progress: Update, rank: int, world: int) -> str:
     config = folder.config
-    records = stage_records(folder, "distill")
+    records = cached_records(folder)
     processor = load_processor(config, start_of(folder))
     cache = open_cache(folder, records, processor)
     if not cache.whole():

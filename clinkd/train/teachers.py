@@ -167,6 +167,9 @@ def cache_spec(
     weights = sorted(teacher.glob("*.safetensors"))
     config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
     top_k = settings.teacher_cache == "top-k"
+    chosen = {}
+    if settings.pseudo_labels == "both":
+        chosen["min_confidence"] = str(settings.min_confidence)
     dtype = model.dtype if torch.cuda.is_available() else "float32"
     return CacheSpec(
         kind="top-k" if top_k else "hidden",
@@ -181,6 +184,7 @@ def cache_spec(
             "positions": json.dumps(model.positions.model_dump(mode="json")),
             "max_length": str(settings.max_length),
             "teacher": _hash(_file_hash(path, path.stat().st_mtime_ns) for path in weights),
+            **chosen,
         },
         dtype="float16" if top_k else dtype,
         temperature=settings.temperature if top_k else 1.0,

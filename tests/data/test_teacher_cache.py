@@ -29,6 +29,14 @@ def test_hidden_states_come_back_bit_for_bit(tmp_path):
     assert torch.equal(torch.cat(found), rows)
 
 
+def test_some_of_the_records_are_read_by_their_places(tmp_path):
+    rows = fill(tmp_path)
+    cache = TeacherCache(tmp_path, HIDDEN, places=[0, 2])
+    assert torch.equal(cache.read(1, LABELS[2])["hidden"], rows[3:])
+    with pytest.raises(IndexError, match="0 to 1, got 2"):
+        cache.read(2, LABELS[2])
+
+
 @pytest.mark.parametrize("k", [16, 64, 256])
 def test_top_k_is_near_the_logits_and_small(tmp_path, k):
     temperature = 2.0

@@ -5,6 +5,7 @@ import pytest
 from clinkd.config import check
 from clinkd.data.files import write_jsonl
 from clinkd.data.records import Record, Turn, write_records
+from clinkd.errors import DataError
 from clinkd.models.demo import build_processor
 from clinkd.pipeline import steps
 from clinkd.pipeline.folder import RunFolder
@@ -53,3 +54,25 @@ def test_labels_that_do_not(folder):
     with pytest.warns(UserWarning, match=r"'b#pseudo' has \d+ tokens.* \(and 1 more\)"):
         found = steps.stage_records(folder, "distill")
     assert [record.id for record in found[5:]] == ["a#pseudo"]
+
+
+def test_a_cache_for_a_lower_confidence_does_for_a_higher_one(folder):
+    write_labels(folder, ("A.", 0.9), ("B.", 0.4), ("C.", 0.6))
+    processor = build_processor(["What? That."], 300, 3136, 3136)
+    folder.teacher.mkdir(parents=True)
+    (folder.teacher / "config.json").write_text('{"text_config": {"hidden_size": 8}}')
+
+    def opened(least):
+        both = {"pseudo_labels": "both", "teacher_cache": "hidden", "min_confidence": least}
+        distill = folder.config.distill.model_copy(update=both)
+        config = folder.config.model_copy(update={"distill": distill})
+        run = RunFolder(folder.path, config)
+        return steps.open_cache(run, steps.stage_records(run, "distill"), processor)
+
+    assert opened(0.5).spec.records == 7
+    more = opened(0.8)
+    assert more.spec.records == 7
+    assert [*more.places] == [0, 1, 2, 3, 4, 5]
+    assert [*opened(0.5).places] == [0, 1, 2, 3, 4, 5, 6]
+    with pytest.raises(DataError, match=r"min_confidence is '0\.5', needed '0\.3'"):
+        opened(0.3)
