@@ -226,7 +226,9 @@ class CorrectConfig(TrainConfig):
     threshold: Fraction = Field(0.8, description="answers less similar to the truth are corrected")
     iou_threshold: Fraction = Field(0.5, description="VG answers below this IoU are corrected")
     policy: Literal["truth", "keep", "skip"] = Field(
-        "truth", description="what to learn from where a correction fails its checks"
+        "truth",
+        description="what to learn from where a correction fails its checks: the truth, what the "
+        "round before made of the record (keep), or nothing (skip)",
     )
     records_limit: PositiveInt | None = Field(
         None, description="answer and correct at most so many training records a round"

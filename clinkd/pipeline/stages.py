@@ -190,7 +190,7 @@ def _round(
         answers = place / "answers.jsonl"
         run_task(folder, AnswerTask(start, stage, str(answers)), progress)
         corrections = correct_records(
-            asked_records(folder, stage),
+            _asked(folder, round_),
             {row["id"]: row["response"] for row in read_jsonl(answers)},
             corrector=corrector,
             similarity=similarity,
@@ -203,6 +203,15 @@ def _round(
         write_round(place, asked_records(folder, "train"), corrections)
     output = str(folder.student(f"round-{round_}"))
     run_task(folder, TrainTask(stage, start, output), progress)
+
+
+def _asked(folder: RunFolder, round_: int) -> list[Record]:
+    """The records that a round asks about; with the policy `keep` as the round before left them."""
+    records = asked_records(folder, f"correct-{round_}")
+    if round_ == 1 or folder.config.correct.policy != "keep":
+        return records
+    earlier = {r.id: r for r in read_records(folder.correction(round_ - 1) / "data.jsonl")}
+    return [earlier[record.id] for record in records]
 
 
 def _outcome(folder: RunFolder, round_: int) -> str:

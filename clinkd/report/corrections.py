@@ -12,7 +12,7 @@ from clinkd.report.text import MOST_CHARACTERS, changes, cut, label, pieces
 STATUSES = {
     "accepted": "corrected text passed its checks",
     "truth": "correction rejected, the true answer is learnt",
-    "kept": "correction rejected, the record stays as it was",
+    "kept": "correction rejected, the record stays as the round before left it",
     "skipped": "correction rejected, the record is left out",
 }
 EXAMPLES_PER_ROUND = 8

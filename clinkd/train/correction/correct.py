@@ -90,7 +90,7 @@ def correct_records(
     Args:
         records: with the true answers; those without an answer are passed over.
         policy: what a record becomes where the corrector's reply fails its checks: its `truth`,
-            what it was before (`keep`), or nothing (`skip`).
+            the answer that it has in `records` (`keep`), or nothing (`skip`).
         least_similarity: of a reply with the truth, to be accepted.
         why_unfit: why a record with its new answer cannot be learned from; None where it can.
 
