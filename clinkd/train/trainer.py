@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,7 +123,8 @@ def train(
     if last is not None:
         trainer.take_up_row(last)
     whole_tower = job.strategy != "ddp"
-    with callback.signals(), answer_forward(model, vocabulary, whole_tower=whole_tower):
+    learning = answer_forward(model, vocabulary, whole_tower=whole_tower)
+    with callback.signals(), learning, _logger_errors(job):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.require_finite()
     if callback.preempted:
@@ -205,3 +208,21 @@ def _require_logger(job: Job) -> None:
         )
     if job.wandb:
         os.environ["WANDB_PROJECT"] = job.wandb
+        # else some 30 lines a stage of what metrics.jsonl holds; warnings and errors still come
+        os.environ.setdefault("WANDB_SHOW_INFO", "false")
+
+
+@contextmanager
+def _logger_errors(job: Job) -> Iterator[None]:
+    """Turn what Weights & Biases refuses, as where it has no key, into a SetupError."""
+    if not job.wandb:
+        yield
+        return
+    import wandb
+
+    try:
+        yield
+    except wandb.Error as error:
+        raise SetupError(
+            f"log.wandb={job.wandb!r}: {error} WANDB_MODE=offline keeps all on this machine"
+        ) from None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from clinkd.errors import SetupError
+
 pytest.importorskip("wandb")
 ROOT = Path(__file__).parent.parent.parent
 
@@ -89,7 +91,6 @@ def test_offline_runs_hold_the_numbers_and_nothing_is_sent(tmp_path):
             "WANDB_DIR": str(tmp_path),
             "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",
             "WANDB_API_KEY": "0" * 40,
-            "WANDB_SILENT": "true",
             "DS_ACCELERATOR": "cpu",
             "PYTHONPATH": str(ROOT),
         }
@@ -100,6 +101,7 @@ def test_offline_runs_hold_the_numbers_and_nothing_is_sent(tmp_path):
         server.shutdown()
     assert done.returncode == 0, done.stderr[-2000:]
     assert ASKED == []
+    assert "wandb:" not in done.stdout + done.stderr
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = {}
     for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"):
@@ -115,6 +117,19 @@ def test_offline_runs_hold_the_numbers_and_nothing_is_sent(tmp_path):
         for stage in ("teacher", "correct-1")
     }
     assert found == expected
+
+
+def test_what_it_refuses_is_one_line(tmp_path):
+    import wandb
+
+    from clinkd.train import trainer
+    from clinkd.train.job import Job
+    from clinkd.train.log import MetricsLog
+
+    job = Job("teacher", tmp_path, MetricsLog(tmp_path / "m"), [], tmp_path, 0, wandb="project")
+    said = pytest.raises(SetupError, match=r"log.wandb='project': No key\. WANDB_MODE=offline")
+    with said, trainer._logger_errors(job):
+        raise wandb.errors.UsageError("No key.")
 
 
 if __name__ == "__main__":
