@@ -160,7 +160,7 @@ class Console:
         Off a terminal nothing is shown until `stage_done`.
         """
         if not self.animated:
-            yield _ignore
+            yield ignore
             return
         bar = Progress(
             SpinnerColumn(),
@@ -212,7 +212,7 @@ class Console:
             self.print(f"- {verdict}")
 
 
-def _ignore(done: int, total: int, note: str = "") -> None:
+def ignore(done: int, total: int, note: str = "") -> None:
     """Stands in for a bar where there is none."""
 
 

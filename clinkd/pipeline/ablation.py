@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from clinkd.config import RunConfig
-from clinkd.data.files import sha256_file, write_json, write_text
+from clinkd.data.files import write_json, write_text
 from clinkd.data.records import TASKS
 from clinkd.errors import ConfigError
 from clinkd.evaluate.selected import part_label
 from clinkd.evaluate.tables import ablation_table, render
 from clinkd.pipeline.folder import OWNED, STAGES, RunFolder, fingerprints
-from clinkd.pipeline.paths import records_file
+from clinkd.pipeline.inputs import read_inputs
+from clinkd.pipeline.paths import records_file, with_whole_paths
 from clinkd.pipeline.runner import run
-from clinkd.progress import Console
+from clinkd.progress import Console, ignore
 
 # name → the parts of the method that are on
 CELLS: dict[str, tuple[str, ...]] = {
@@ -99,10 +100,9 @@ def ablate(
         raise ConfigError(
             f"seeds must be different numbers from 0 on, at least one; got {list(seeds)}"
         )
-    inputs = {
-        split: sha256_file(records_file(getattr(config.data, split), split))
-        for split in ("train", "test")
-    }
+    config = with_whole_paths(config)
+    for split in ("train", "test"):
+        records_file(getattr(config.data, split), split)
     grid = [(seed, cell) for seed in seeds for cell in CELLS]
     runs = {
         (seed, cell): cell_config(config, cell, seed, output / f"seed-{seed}" / cell)
@@ -113,10 +113,13 @@ def ablate(
     for number, (seed, cell) in enumerate(grid, start=1):
         console.print(f"cell {number} of {len(grid)}: {labels[cell]}, seed {seed}")
         mine = runs[seed, cell]
-        marks = fingerprints(mine, inputs)
         earlier = [runs[seed, name] for name in CELLS if name != cell]
         with RunFolder.open(mine, update=update) as folder:
             folder.write_config()
+            inputs = read_inputs(mine, output, ignore)  # each image once for all cells
+            inputs.save(output)
+            inputs.save(folder.path)
+            marks = fingerprints(mine, inputs.hashes)
             _share(folder, marks, [Path(other.output) for other in earlier])
         done = run(mine, console, last="evaluate", update=update)
         metrics = json.loads((done.path / "metrics.json").read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from typing import IO, Any
 import yaml
 
 from clinkd._version import __version__
-from clinkd.config import RunConfig, check, dump
+from clinkd.config import SAMPLE, RunConfig, check, dump
 from clinkd.data.files import write_json, write_text
 from clinkd.errors import ClinkdError, ConfigError, DataError, SetupError
 
@@ -256,17 +256,22 @@ def fingerprints(config: RunConfig, inputs: dict[str, str]) -> dict[str, str]:
     """What each stage's result depends on, as one hash; each includes the stage before it.
 
     Args:
-        inputs: hashes of the files that the run reads.
+        inputs: hashes of what the run reads, by split.
     """
     whole = config.model_dump(mode="json")
+    data = whole["data"]
+    for split in ("train", "test"):
+        if data[split] != SAMPLE:
+            data[split] = ""  # `inputs` tells it from others, wherever it lies
+    data["root"] = None
     # of the test split nothing is learnt: another one is answered by the models that there are
-    tested = {name: whole["data"].pop(name) for name in ("test", "test_limit")}
+    tested = {name: data.pop(name) for name in ("test", "test_limit")}
     # teacher and student answer with them too, for labels and for correction
     answers = {k: whole["generate"][k] for k in ("max_new_tokens", "length_penalty", "batch_size")}
     for name in CALLING:  # or a smaller pace would cost the rounds that are done
         del whole["correct"]["corrector"][name]
     parts: dict[str, Any] = {
-        "prepare": [inputs["train"], whole["seed"], whole["data"], whole["model"]],
+        "prepare": [inputs["train"], whole["seed"], data, whole["model"]],
         "teacher": whole["teacher"],
         "pseudo-label": [whole["distill"]["pseudo_labels"], answers],
         "distill": whole["distill"],

@@ -18,10 +18,10 @@ import psutil
 
 from clinkd._version import __version__
 from clinkd.config import SAMPLE, RunConfig
-from clinkd.data.files import sha256_file
 from clinkd.errors import ConfigError, Preempted, SetupError
 from clinkd.pipeline.folder import CHEAP, STAGES, RunFolder, fingerprints, free_bytes
-from clinkd.pipeline.paths import records_file
+from clinkd.pipeline.inputs import read_inputs
+from clinkd.pipeline.paths import records_file, with_whole_paths
 from clinkd.progress import Console
 
 INTERRUPTED = "stopped by Ctrl-C; what is done stays done: start again to go on"
@@ -51,34 +51,55 @@ def run(
     if not wanted:
         raise ConfigError(f"stage {first!r} comes after {last!r}")
     with stopped_by_signals():
-        return _run_stages(config, console, wanted, update)
+        return _run_stages(with_whole_paths(config), console, wanted, update)
 
 
 def _run_stages(
     config: RunConfig, console: Console, wanted: Sequence[str], update: bool
 ) -> RunFolder:
-    inputs = {
-        split: sha256_file(records_file(getattr(config.data, split), split))
-        for split in ("train", "test")
-    }
+    for split in ("train", "test"):
+        records_file(getattr(config.data, split), split)  # before there is a folder
     with RunFolder.open(config, update=update) as folder:
         if free_bytes(folder.path) < LEAST_FREE_BYTES:
             raise SetupError(
                 f"{folder.path}: less than {LEAST_FREE_BYTES >> 20} MiB of disk space left"
             )
-        marks = fingerprints(config, inputs)
+        with console.stage("images") as progress:
+            inputs = read_inputs(config, folder.path, progress)
+        if inputs.changed:
+            more = f" and {len(inputs.changed) - 1} more" if inputs.changed[1:] else ""
+            console.print(f"changed since the last start: image {inputs.changed[0]}{more}")
+        marks = fingerprints(config, inputs.hashes)
         for stage in STAGES[: STAGES.index(wanted[0])]:
             folder.require(stage, marks[stage])
+        if not update:
+            for stage in wanted:
+                _require_unchanged(folder, stage, marks[stage])
         folder.write_config()
+        inputs.save(folder.path)
         _describe(folder)
         for stage in wanted:
-            _run_stage(folder, stage, marks[stage], console, update)
+            _run_stage(folder, stage, marks[stage], console)
     return folder
 
 
-def _run_stage(
-    folder: RunFolder, stage: str, fingerprint: str, console: Console, update: bool
-) -> None:
+def _require_unchanged(folder: RunFolder, stage: str, fingerprint: str) -> None:
+    """Make sure that nothing dear would be done again, before anything is written.
+
+    Raises:
+        ConfigError: it would.
+    """
+    entry = folder.book()["stages"].get(stage, {})
+    done, same = entry.get("status") == "done", entry.get("fingerprint") == fingerprint
+    if done and not same and stage not in CHEAP:
+        raise ConfigError(
+            f"stage {stage!r} in {folder.path} was done with other settings or from other "
+            "data; choose another folder with output=FOLDER, or give --update to do it, and "
+            "what follows, again"
+        )
+
+
+def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console) -> None:
     quiet_libraries()
     from clinkd.pipeline import stages  # here: it imports torch and transformers
 
@@ -87,12 +108,6 @@ def _run_stage(
         console.stage_skipped(stage, entry.get("summary", ""))
         return
     if entry.get("fingerprint") != fingerprint:
-        if entry.get("status") == "done" and not update and stage not in CHEAP:
-            raise ConfigError(
-                f"stage {stage!r} in {folder.path} was done with other settings or from other "
-                "data; choose another folder with output=FOLDER, or give --update to do it, and "
-                "what follows, again"
-            )
         folder.forget_from(stage)
         folder.clear(stage)
         entry = {}

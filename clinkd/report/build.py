@@ -175,7 +175,7 @@ def _about(run: Run) -> dict[str, Any]:
     modalities = {str(row.get("modality")) for row in run.predictions}
     return {
         "student": "The embedded demo model" if student == "demo" else student or "Unknown model",
-        "data": "the shipped sample" if data == "sample" else "/".join(Path(data).parts[-2:]),
+        "data": "the shipped sample" if data == "sample" else _end_of(data),
         "started": _moment(min((s for s in starts if s), default="")),
         "clinkd": str(run.book.get("clinkd") or ""),
         "seed": run.book.get("seed"),
@@ -237,4 +237,10 @@ def _value(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, str) and Path(value).is_absolute():
+        return f"…/{_end_of(value)}"  # who is shown the page need not see more of this machine
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _end_of(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from clinkd.report import charts
-from clinkd.report.build import _signed
+from clinkd.report.build import _signed, settings_table
 from clinkd.report.corrections import examples
 from clinkd.report.gallery import in_turn, rectangle
 from clinkd.report.judge import as_boxes, judge, mean_iou, token_f1
@@ -180,3 +180,11 @@ def test_selection_is_counted_where_the_metrics_are_silent() -> None:
     assert (row["first"], row["chosen"], row["oracle"]) == (0.0, 50.0, 100.0)
     assert (row["gain"], row["gap"], row["changed"]) == (50.0, 50.0, 50.0)
     assert row["measure"] == "token F1"
+
+
+def test_settings_show_the_end_of_whole_paths() -> None:
+    config = {"data": {"train": "/home/somebody/study/train.jsonl", "root": None}, "seed": 0}
+    assert settings_table(config) == [
+        ("run", [("seed", "0")]),
+        ("data", [("train", "…/study/train.jsonl"), ("root", "–")]),
+    ]

@@ -1,0 +1,125 @@
+"""Whether a run's records and images are those of its last start.
+
+`images.json` in the run folder keeps size, time and SHA-256 of every image's file. Only a file of
+another size or time is read again, so that a data folder that was copied costs a reading alone.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from clinkd.config import SAMPLE, RunConfig
+from clinkd.data.files import sha256_file, write_text
+from clinkd.data.images import resolve_image, split_name
+from clinkd.data.records import read_records
+from clinkd.data.select import limit_records
+from clinkd.errors import DataError
+from clinkd.pipeline.paths import data_root, records_file
+from clinkd.progress import Update
+
+TABLE = "images.json"
+READERS = 8  # threads: many files lie far away
+_AT_ONCE = 64  # images that a thread is given
+Mark = list[Any]  # bytes, time in nanoseconds, SHA-256
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        hashes: of each split: its records, and the files of their images.
+        changed: images that are not what they were at the last start.
+        table: what `images.json` is to hold; None for the shipped sample, which does not change.
+    """
+
+    hashes: dict[str, str]
+    changed: list[str]
+    table: dict[str, Any] | None
+
+    def save(self, run: Path) -> None:
+        """Remember them for the next start."""
+        if self.table is not None and self.table != _read(run / TABLE):
+            write_text(run / TABLE, json.dumps(self.table, ensure_ascii=False))
+
+
+def read_inputs(config: RunConfig, run: Path, progress: Update) -> Inputs:
+    """Hash the files of records, and those images that are not known from the last start.
+
+    A file that is not there is taken for what it was: who needs it says so.
+    """
+    data, before = config.data, _read(run / TABLE)
+    hashes, table, known = {}, {}, before.get("files", {})
+    files: dict[str, Mark | None] = {}
+    for split, name, limit in (
+        ("train", data.train, data.train_limit),
+        ("test", data.test, data.test_limit),
+    ):
+        path = records_file(name, split)
+        hashes[split] = sha256_file(path)
+        if name == SAMPLE and data.root is None:
+            continue
+        drawn = [hashes[split], limit, config.seed if limit else None]
+        table[split] = before.get(split, {})
+        if table[split].get("of") != drawn:
+            table[split] = {"of": drawn, "names": _names(path, limit, config)}
+        names = table[split]["names"]
+        files |= _marks(config, [each for each in names if each not in files], known, progress)
+        told = json.dumps([hashes[split], [(each, _sha(files[each])) for each in names]])
+        hashes[split] = hashlib.sha256(told.encode()).hexdigest()
+    changed = sorted(n for n, mark in files.items() if _sha(known.get(n)) not in (None, _sha(mark)))
+    return Inputs(hashes, changed, {**table, "files": files} if table else None)
+
+
+def _sha(mark: Mark | None) -> Any:
+    return None if mark is None else mark[-1]
+
+
+def _names(path: Path, limit: int | None, config: RunConfig) -> list[str]:
+    """The files of the images that a split's records name, each once."""
+    try:
+        records = limit_records(read_records(path), limit, config.seed)
+    except DataError:
+        return []  # `prepare` says what is wrong
+    root = data_root(config.data)
+    return sorted({split_name(name, root)[0] for record in records for name in record.images})
+
+
+def _marks(
+    config: RunConfig, names: Sequence[str], known: dict[str, Mark], progress: Update
+) -> dict[str, Mark | None]:
+    look = partial(_mark, data_root(config.data), known)
+    parts = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
+    found: list[Mark | None] = []
+    with ThreadPoolExecutor(READERS) as readers:
+        for marks in readers.map(lambda part: [look(name) for name in part], parts):
+            found += marks
+            progress(len(found), len(names), "images")
+    return dict(zip(names, found, strict=True))
+
+
+def _mark(root: Path, known: dict[str, Mark], name: str) -> Mark | None:
+    before = known.get(name)
+    try:
+        path = resolve_image(root, name)
+        there = os.stat(path)
+        now = [there.st_size, there.st_mtime_ns]
+        return before if before and before[:2] == now else [*now, sha256_file(path)]
+    except (DataError, OSError):
+        return before
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The table of the last start; an empty one where there is none, or it is damaged."""
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(found, dict) and isinstance(found.get("files"), dict)
+    return found if whole else {}

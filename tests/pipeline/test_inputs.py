@@ -1,0 +1,132 @@
+"""Data are known by what they are: not by where they lie, by the clock, or by their names alone."""
+
+import io
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clinkd.config import check, load
+from clinkd.data.records import Record, Turn, write_records
+from clinkd.errors import ConfigError
+from clinkd.pipeline import inputs, runner, stages
+from clinkd.pipeline.folder import STAGES
+from clinkd.pipeline.paths import with_whole_paths
+from clinkd.progress import Console
+
+TURNS = (Turn("human", "Which organ?"), Turn("gpt", "Liver."))
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts a run over data of one's own; returns the stages that were not skipped."""
+    done = []
+    for name in STAGES:
+        monkeypatch.setitem(stages.RUN, name, lambda *_, name=name: done.append(name) or name)
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    for n, split in enumerate(("train", "test")):
+        names = [f"images/{split}{i}.bmp" for i in range(2)]
+        for i, name in enumerate(names):
+            Image.new("L", (64, 48), 10 * n + i).save(data / name)
+        records = [Record(name, (name,), "ct", "ROC", name, TURNS) for name in names]
+        write_records(data / f"{split}.jsonl", records)
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(
+        "output: run\ndata: {train: data/train.jsonl, test: data/test.jsonl}\n"
+    )
+
+    def start(config="c.yaml", *overrides, update=False):
+        done.clear()
+        start.said = io.StringIO()
+        runner.run(load(config, overrides), Console(start.said), update=update)
+        return list(done)
+
+    return start
+
+
+def repaint(path, grey=200):
+    """Another picture under the same name, in as many bytes."""
+    size = os.path.getsize(path)
+    Image.new("L", (64, 48), grey).save(path)
+    assert os.path.getsize(path) == size
+
+
+def test_an_image_that_changed_under_its_name_is_noticed(start):
+    assert start() == list(STAGES)
+    assert start() == []
+    repaint("data/images/train1.bmp")
+    for _ in range(2):  # and stays so
+        with pytest.raises(ConfigError, match=r"'prepare' .* from other data.*--update"):
+            start()
+        assert "changed since the last start: image images/train1.bmp\n" in start.said.getvalue()
+    assert start(update=True) == list(STAGES)
+    assert start() == []
+
+
+def test_an_image_of_the_test_split_concerns_the_answers_alone(start):
+    start()
+    repaint("data/images/test0.bmp")
+    assert start("c.yaml", update=True) == ["generate", "evaluate", "report"]
+
+
+def test_a_folder_that_was_copied_or_moved_is_the_same(start, tmp_path, monkeypatch):
+    start()
+    shutil.copytree("data", "copy", copy_function=shutil.copyfile)  # its files are of now
+    shutil.rmtree("data")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    moved = [f"data.{split}={tmp_path}/copy/{split}.jsonl" for split in ("train", "test")]
+    config = tmp_path / "run" / "config.yaml"
+    assert start(config, f"output={config.parent}", *moved) == []
+    assert "changed since" not in start.said.getvalue()
+    assert start(config, f"output={config.parent}") == []
+
+
+def test_a_run_goes_on_from_any_folder(start, tmp_path, monkeypatch):
+    start()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = tmp_path / "run" / "config.yaml"
+    assert start(config, f"output={config.parent}") == []
+    assert load(config).data.train == str(tmp_path / "data" / "train.jsonl")
+
+
+def test_only_files_of_another_size_or_time_are_read(start, monkeypatch):
+    start()
+    read = []
+    whole = inputs.sha256_file
+    monkeypatch.setattr(inputs, "sha256_file", lambda path: read.append(str(path)) or whole(path))
+    assert start() == []
+    assert [Path(path).name for path in read] == ["train.jsonl", "test.jsonl"]
+    os.utime("data/images/test1.bmp", (time.time(), 1))
+    assert start() == []
+    assert Path(read[-1]).name == "test1.bmp"
+
+
+def test_images_that_are_not_there_are_not_others(start):
+    start()
+    shutil.rmtree("data/images")
+    assert start() == []
+    (Path("run") / inputs.TABLE).write_text('{"files": 1}')
+    with pytest.raises(ConfigError, match="from other data"):
+        start()
+
+
+def test_what_else_is_a_path_becomes_whole_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "clip", "demo", "sample"):
+        Path(name).mkdir()
+    tree = {
+        "model": {"student": "model", "teacher": "Qwen/Qwen2-VL-2B-Instruct"},
+        "generate": {"scorer": "local-dir:clip"},
+    }
+    found = with_whole_paths(check(tree))
+    assert found.model.student == str(tmp_path / "model")
+    assert found.model.teacher == "Qwen/Qwen2-VL-2B-Instruct"
+    assert found.generate.scorer == f"local-dir:{tmp_path / 'clip'}"
+    assert found.output == "run"
+    assert with_whole_paths(check({})) == check({})
