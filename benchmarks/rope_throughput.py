@@ -204,6 +204,8 @@ def bench_attention(
         "torch.compile of it": torch.compile(eager),
         "SDPA without rotary": lambda: sdpa(*(t.transpose(1, 2) for t in leaves)).transpose(1, 2),
     }
+    still = RotarySpec.rope(D, rotary_dim=2)  # one pair: what turning all of them costs
+    forwards["clinkd, one pair turned"] = lambda: rotary_attention(q, k, v, positions, still)  # type: ignore[assignment, return-value]
     if device.type == "cuda":  # which of torch's kernels SDPA takes depends on the card
         for name, backend in (
             ("FlashAttention-2", SDPBackend.FLASH_ATTENTION),
@@ -212,7 +214,7 @@ def bench_attention(
             forwards[f"rotary + {name}"] = with_backend(separate, backend)
     expected = eager().detach()
     for name, forward in forwards.items():
-        if name != "SDPA without rotary":
+        if name not in ("SDPA without rotary", "clinkd, one pair turned"):
             check(name, forward().detach(), expected, dtype)
 
     def both(forward: Callable[[], Tensor]) -> Step:

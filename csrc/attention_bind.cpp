@@ -10,49 +10,60 @@
 namespace clinkd {
 namespace {
 
-using Place = std::array<int64_t, 4>;  // pointer; strides of batch, token, head
+using Place = std::array<int64_t, 4>;  // pointer; strides of batch, token and head
 
 Heads heads(const Place& p) { return {reinterpret_cast<void*>(p[0]), p[1], p[2], p[3]}; }
 
-// places: queries, keys, values, output, lse; starts: of queries and keys, or 0; shape: sequences,
-// queries, keys, heads, heads of the keys, components
-AttentionArgs arguments(const std::array<Place, 5>& places, const std::array<uintptr_t, 2>& starts,
-                        const std::array<int64_t, 6>& shape, bool causal, int64_t window,
-                        float scale, int type) {
-  AttentionArgs a;
-  a.q = heads(places[0]);
-  a.k = heads(places[1]);
-  a.v = heads(places[2]);
-  a.out = heads(places[3]);
-  a.lse = reinterpret_cast<float*>(places[4][0]);
-  a.lse_batch = places[4][1], a.lse_token = places[4][2], a.lse_head = places[4][3];
-  a.starts = reinterpret_cast<const int32_t*>(starts[0]);
-  a.key_starts = reinterpret_cast<const int32_t*>(starts[1]);
-  a.sequences = shape[0];
-  a.queries = shape[1], a.keys = shape[2];
-  a.heads = shape[3], a.key_heads = shape[4], a.head_dim = shape[5];
-  a.causal = causal, a.window = window, a.scale = scale, a.type = type;
+// positions: their pointer and strides; tables: axis, hi, lo; shape: B, S, H, D
+RotaryArgs turned(const Place& x, const Place& positions, const std::array<uintptr_t, 3>& tables,
+                  const std::array<int64_t, 4>& shape, int pairs, int pair_stride, int type) {
+  RotaryArgs a;
+  a.x = reinterpret_cast<const void*>(x[0]);
+  a.out = nullptr;
+  a.positions = reinterpret_cast<const float*>(positions[0]);
+  a.axis = reinterpret_cast<const int32_t*>(tables[0]);
+  a.hi = reinterpret_cast<const float*>(tables[1]);
+  a.lo = reinterpret_cast<const float*>(tables[2]);
+  a.batch = shape[0], a.tokens = shape[1], a.heads = shape[2], a.head_dim = shape[3];
+  for (int i = 0; i < 3; ++i) {
+    a.x_stride[i] = x[i + 1];
+    a.out_stride[i] = 0;
+    a.positions_stride[i] = positions[i + 1];
+  }
+  a.pairs = pairs, a.pair_stride = pair_stride, a.inverse = 0, a.type = type;
   return a;
 }
 
 }  // namespace
 
 void bind_attention(pybind11::module_& m) {
-  m.def("attention_cpu",
-        [](const std::array<Place, 5>& places, const std::array<uintptr_t, 2>& starts,
-           const std::array<int64_t, 6>& shape, bool causal, int64_t window, float scale, int type,
-           int threads) {
-          const AttentionArgs a = arguments(places, starts, shape, causal, window, scale, type);
-          pybind11::gil_scoped_release release;
-          attention_cpu(a, threads);
-        });
+  pybind11::class_<RotaryArgs>(m, "Turned")
+      .def(pybind11::init(&turned));
+  // places: values, output, lse; starts: of queries and keys, or 0
+  pybind11::class_<AttentionArgs>(m, "Attention")
+      .def(pybind11::init([](const RotaryArgs& q, const RotaryArgs& k,
+                             const std::array<Place, 3>& places,
+                             const std::array<uintptr_t, 2>& starts, int64_t sequences, bool causal,
+                             int64_t window, float scale) {
+        AttentionArgs a;
+        a.q = q, a.k = k;
+        a.v = heads(places[0]), a.out = heads(places[1]);
+        a.lse = reinterpret_cast<float*>(places[2][0]);
+        a.lse_batch = places[2][1], a.lse_token = places[2][2], a.lse_head = places[2][3];
+        a.starts = reinterpret_cast<const int32_t*>(starts[0]);
+        a.key_starts = reinterpret_cast<const int32_t*>(starts[1]);
+        a.sequences = sequences, a.window = window, a.causal = causal, a.scale = scale;
+        return a;
+      }));
+  m.def("attention_cpu", [](const AttentionArgs& a, int threads) {
+    pybind11::gil_scoped_release release;
+    attention_cpu(a, threads);
+  });
+  // places: gradients by the output; by queries, keys and values
   m.def("attention_backward_cpu",
-        [](const std::array<Place, 5>& places, const std::array<Place, 4>& gradients,
-           const std::array<uintptr_t, 2>& starts, const std::array<int64_t, 6>& shape, bool causal,
-           int64_t window, float scale, int type, int threads) {
-          const AttentionArgs a = arguments(places, starts, shape, causal, window, scale, type);
-          const AttentionGradients g = {heads(gradients[0]), heads(gradients[1]),
-                                        heads(gradients[2]), heads(gradients[3])};
+        [](const AttentionArgs& a, const std::array<Place, 4>& places, int threads) {
+          const AttentionGradients g = {heads(places[0]), heads(places[1]), heads(places[2]),
+                                        heads(places[3])};
           pybind11::gil_scoped_release release;
           attention_backward_cpu(a, g, threads);
         });

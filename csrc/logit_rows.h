@@ -15,24 +15,6 @@ constexpr int kBlock = 1024;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-template <int W>
-CLINKD_INLINE Floats<W> zero() {
-  return Floats<W>{};
-}
-
-template <int W>
-CLINKD_INLINE float sum(Floats<W> v) {
-  float total = 0.0f;
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
-}
-template <int W>
-CLINKD_INLINE float largest(Floats<W> v) {
-  float top = v[0];
-  for (int i = 1; i < W; ++i) top = v[i] > top ? v[i] : top;
-  return top;
-}
-
 // cap * tanh(x / cap)
 template <int W>
 CLINKD_INLINE Floats<W> capped(Floats<W> x, float cap) {

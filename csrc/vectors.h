@@ -103,6 +103,24 @@ CLINKD_INLINE void store(Float16* place, Floats<W> value) {
   store_halves<W>(place, rounded | ((bits & 0x80000000u) >> 16));
 }
 
+template <int W>
+CLINKD_INLINE Floats<W> zero() {
+  return Floats<W>{};
+}
+
+template <int W>
+CLINKD_INLINE float sum(Floats<W> v) {
+  float total = 0.0f;
+  for (int i = 0; i < W; ++i) total += v[i];
+  return total;
+}
+template <int W>
+CLINKD_INLINE float largest(Floats<W> v) {
+  float top = v[0];
+  for (int i = 1; i < W; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
 // (1, 0, 3, 2, …)
 template <int W>
 CLINKD_INLINE Floats<W> swap_neighbours(Floats<W> v) {

@@ -1,5 +1,6 @@
 // One binary for every x86 processor: kernels for vectors of 16, 8 and 4 floats, of which the widest
-// that this processor has is run. CLINKD_VECTORS=8 or 4 in the environment asks for narrower ones.
+// that this processor has is run. CLINKD_VECTORS=8 or 4 in the environment asks for narrower ones;
+// compiled with CLINKD_WIDTH there are those of that width alone, whatever the processor has.
 #pragma once
 
 #include <cstdlib>
@@ -7,8 +8,11 @@
 #include "floats.h"
 #include "vectors.h"
 
+#ifndef CLINKD_WIDTH
+#define CLINKD_WIDTH 4
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLINKD_X86_VERSIONS
+#endif
 #endif
 
 namespace clinkd {
@@ -24,8 +28,8 @@ __attribute__((target("arch=x86-64-v3"))) void run_8(Arguments... arguments) {
 }
 #endif
 template <typename Kernel, typename... Arguments>
-void run_4(Arguments... arguments) {
-  Kernel::template run<4>(arguments...);
+void run_least(Arguments... arguments) {
+  Kernel::template run<CLINKD_WIDTH>(arguments...);
 }
 
 // Floats of the vectors that run on this processor.
@@ -37,7 +41,7 @@ inline int vector_width() {
     if (most >= 16 && __builtin_cpu_supports("x86-64-v4")) return 16;
     if (most >= 8 && __builtin_cpu_supports("x86-64-v3")) return 8;
 #endif
-    return 4;
+    return CLINKD_WIDTH;
   }();
   return width;
 }
@@ -49,7 +53,7 @@ auto widest() -> void (*)(Arguments...) {
   if (vector_width() == 16) return run_16<Kernel, Arguments...>;
   if (vector_width() == 8) return run_8<Kernel, Arguments...>;
 #endif
-  return run_4<Kernel, Arguments...>;
+  return run_least<Kernel, Arguments...>;
 }
 
 // The same of `Kernel<T>` for elements of a `FloatType`.

@@ -1,15 +1,13 @@
-"""Rotary attention on the CPU: turned once, then torch's flash kernel where its masks allow.
+"""Attention on the CPU by torch's flash kernel, of queries and keys that are turned already.
 
 The work is cut into blocks of queries and keys that one call of that kernel takes; no mask is ever
-made of more than `CHUNK` queries. Gradients are turned back where they lie.
+made of more than `CHUNK` queries.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-
-from clinkd.ops.rotary import resolve_rotary, turn, turn_inplace
 
 CHUNK = 256  # queries a mask is made for at once
 
@@ -21,51 +19,37 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
-    key_positions: Tensor | None,
-    spec: int,
+    lse: Tensor,
     causal: bool,
     scale: float,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     window: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator's outputs, see `clinkd.ops._rotary_attention`."""
-    impl = resolve_rotary("auto", q.device, q.dtype)
-    # torch's kernel takes a head's tokens a few percent faster where they lie side by side
-    q_turned = turn(q, positions, spec, False, impl, heads_first=True)
-    k_turned = k
-    if key_positions is not None:
-        k_turned = turn(k, key_positions, spec, False, impl, heads_first=True)
-    q, k, v = _heads_first(q_turned), _heads_first(k_turned), _heads_first(v)
+) -> Tensor:
+    """Output [B, S, H, D] or [N, H, D]; writes the log-sum-exp to `lse`, [B, H, S] or [H, N]."""
+    q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
+    lse = lse if cu_seqlens is None else lse[None]
     if _in_one(q, k, causal, cu_seqlens, window):
-        out, lse = _flash(q, k, v, causal and q.shape[2] > 1, None, scale)
+        out, found = _flash(q, k, v, causal and q.shape[2] > 1, None, scale)
+        lse.copy_(found)
     else:
         out = _zeros(q)
-        lse = empty_lse(q.transpose(1, 2)).fill_(-torch.inf)
+        lse.fill_(-torch.inf)
         for queries, keys, square, mask in _blocks(q, k, causal, cu_seqlens, cu_seqlens_k, window):
             out[:, :, queries], lse[:, :, queries] = _flash(
                 q[:, :, queries], k[:, :, keys], v[:, :, keys], square, mask, scale
             )
     out = out.transpose(1, 2).contiguous()  # torch lays it out as q
-    if cu_seqlens is not None:
-        out, lse = out[0], lse[0]
-    # an operator's output may not be its input
-    kept_k = k_turned if keep and key_positions is not None else k_turned.new_empty(0)
-    return out, lse, q_turned if keep else q_turned.new_empty(0), kept_k
+    return out if cu_seqlens is None else out[0]
 
 
 def backward(
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
-    q_turned: Tensor,
-    k_turned: Tensor,
+    q: Tensor,
+    k: Tensor,
     v: Tensor,
-    positions: Tensor,
-    key_positions: Tensor | None,
-    spec: int,
     causal: bool,
     scale: float,
     cu_seqlens: Tensor | None,
@@ -73,7 +57,7 @@ def backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v."""
-    q, k, v, out, grad = (_heads_first(t) for t in (q_turned, k_turned, v, out, grad))
+    q, k, v, out, grad = (_heads_first(t) for t in (q, k, v, out, grad))
     if _in_one(q, k, causal, cu_seqlens, window):
         square = causal and q.shape[2] > 1
         found = _flash_backward(grad, q, k, v, out, lse, square, None, scale)
@@ -96,19 +80,7 @@ def backward(
             found[1][:, :, keys] += of_k
             found[2][:, :, keys] += of_v
     of_q, of_k, of_v = (t.transpose(1, 2).contiguous() for t in found)
-    if cu_seqlens is not None:
-        of_q, of_k, of_v = of_q[0], of_k[0], of_v[0]
-    impl = resolve_rotary("auto", of_q.device, of_q.dtype)
-    turn_inplace(of_q, positions, spec, True, impl)
-    if key_positions is not None:
-        turn_inplace(of_k, key_positions, spec, True, impl)
-    return of_q, of_k, of_v
-
-
-def empty_lse(q: Tensor) -> Tensor:
-    """[B, H, S] or [H, N] for queries [B, S, H, D] or [N, H, D], laid out as the kernel does it."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[:-1], dtype=dtype).transpose(-1, -2)
+    return (of_q, of_k, of_v) if cu_seqlens is None else (of_q[0], of_k[0], of_v[0])
 
 
 def _heads_first(x: Tensor) -> Tensor:

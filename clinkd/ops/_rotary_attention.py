@@ -12,7 +12,7 @@ _IMPLS = {"cpu": _attention_cpu, "triton": _attention_triton}
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, lse, and, where `keep`, turned queries and keys for the backward pass.
+    """Output, lse, and, on a GPU where `keep`, turned queries and keys for the backward pass.
 
     Keys without positions are turned already.
     """
@@ -32,10 +32,9 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     lse = _attention_cpu.empty_lse(q)
     if impl == "triton":
         lse = lse.contiguous()
-    on_cpu = impl == "cpu"
-    q_turned = empty_turned(q, on_cpu) if keep else q.new_empty(0)
-    turns_k = keep and options[1] is not None
-    k_turned = empty_turned(k, on_cpu) if turns_k else k.new_empty(0)
+    keep = keep and impl == "triton"
+    q_turned = empty_turned(q) if keep else q.new_empty(0)
+    k_turned = empty_turned(k) if keep and options[1] is not None else k.new_empty(0)
     return q.new_empty(q.shape), lse, q_turned, k_turned
 
 
@@ -46,12 +45,15 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, k, v, positions, key_positions, spec, causal, scale, *packing, _, impl = inputs
+    q, k, v, positions, key_positions, spec, causal, scale, *packing, _, impl = inputs
     starts, key_starts, window = packing
     out, lse, q_turned, k_turned = output
     ctx.mark_non_differentiable(lse, q_turned, k_turned)
     ctx.set_materialize_grads(False)  # or each of those would get zeros of its size
-    k_turned = k if key_positions is None else k_turned
+    if impl == "cpu":  # they are turned again
+        q_turned, k_turned = q, k
+    elif key_positions is None:
+        k_turned = k
     ctx.save_for_backward(
         out, lse, q_turned, k_turned, v, positions, key_positions, starts, key_starts
     )

@@ -75,9 +75,12 @@ def rotary_attention(
     check_numbers("positions", positions)
     if key_positions is not None:
         check_numbers("key_positions", key_positions)
-    for name, starts, x in (("cu_seqlens", cu_seqlens, q), ("cu_seqlens_k", cu_seqlens_k, k)):
-        if starts is not None:
-            _check_starts(name, starts, x)
+    if cu_seqlens is not None:
+        _check_starts("cu_seqlens", cu_seqlens, q)
+        cu_seqlens = cu_seqlens.contiguous()
+    if cu_seqlens_k is not None:
+        _check_starts("cu_seqlens_k", cu_seqlens_k, k)
+        cu_seqlens_k = cu_seqlens_k.contiguous()
     if key_positions is None and not turned_keys:
         key_positions = positions
     scale = q.shape[-1] ** -0.5 if scale is None else scale

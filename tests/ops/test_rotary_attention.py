@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clinkd.ops import _attention_cpu, rotary_attention
+from clinkd.ops import _attention_flash, rotary_attention
 from clinkd.ops.reference.rotary_attention import rotary_attention as reference
 from clinkd.rotary import RotarySpec
 
@@ -211,7 +211,7 @@ def test_results_lie_as_compilers_are_told(name, keep):
 
 def test_chunks_of_queries(monkeypatch):
     usable("cpu")
-    monkeypatch.setattr(_attention_cpu, "CHUNK", 16)
+    monkeypatch.setattr(_attention_flash, "CHUNK", 16)
     for name in ("window", "later queries", "more queries than keys", "window, full, later"):
         compare("cpu", CASES[name])
 
@@ -335,3 +335,17 @@ def test_errors_of_packing(change, error, message):
     options = {"cu_seqlens": starts([4])} | change
     with pytest.raises(error, match=message):
         rotary_attention(q, q, q, torch.zeros(2, 4), RotarySpec.split(32), **options)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_strided_starts(impl):
+    usable(impl)
+    case = CASES["packed"]
+    (q, k, v), positions, options = case.make()
+    starts = options["cu_seqlens"]
+    apart = torch.stack((starts, starts * 0 + 7), 1)[:, 0]
+    found = [
+        rotary_attention(q, k, v, positions, case.spec, cu_seqlens=given, impl=impl)
+        for given in (starts, apart)
+    ]
+    assert torch.equal(*found)

@@ -1,0 +1,189 @@
+"""Rotary attention on the CPU: a C++ kernel, which turns queries and keys as it reads them.
+
+What that kernel does not take is turned, and goes through torch's flash kernel. Nothing turned is
+kept for the backward pass.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clinkd.ops import _attention_flash
+from clinkd.ops._impl import TYPES, built, extension
+from clinkd.ops._memory import large_pages
+from clinkd.ops.rotary import resolve_rotary, spec_tensors, turn, turn_inplace
+from clinkd.rotary import RotarySpec
+
+# for fewer queries of a sequence, times the heads that share a key, turning keys into panels is
+# not worth while, unless the keys are as few
+FEWEST_QUERIES = 48
+
+_Place = tuple[int, int, int, int]  # pointer; strides of batch, token and head
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    key_positions: Tensor | None,
+    spec: int,
+    causal: bool,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    window: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator's outputs, see `clinkd.ops._rotary_attention`."""
+    lse = empty_lse(q)
+    nothing = q.new_empty(0), q.new_empty(0)  # an operator's outputs share no memory
+    if not takes(q, k, cu_seqlens):
+        q, k = _turn(q, k, positions, key_positions, spec)
+        mask = causal, scale, cu_seqlens, cu_seqlens_k, window
+        return _attention_flash.forward(q, k, v, lse, *mask), lse, *nothing
+    q, k, v = (_side_by_side(t) for t in (q, k, v))
+    out = large_pages(q.new_empty(q.shape))
+    options = positions, key_positions, spec, causal, scale, cu_seqlens, cu_seqlens_k, window
+    extension().attention_cpu(_attention(q, k, v, out, lse, *options), torch.get_num_threads())
+    return out, lse, *nothing
+
+
+def backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    key_positions: Tensor | None,
+    spec: int,
+    causal: bool,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v."""
+    if not takes(q, k, cu_seqlens):
+        q, k = _turn(q, k, positions, key_positions, spec)
+        mask = causal, scale, cu_seqlens, cu_seqlens_k, window
+        found = _attention_flash.backward(grad, out, lse, q, k, v, *mask)
+        impl = resolve_rotary("auto", q.device, q.dtype)
+        turn_inplace(found[0], positions, spec, True, impl)
+        if key_positions is not None:
+            turn_inplace(found[1], key_positions, spec, True, impl)
+        return found
+    q, k, v, out, grad = (_side_by_side(t) for t in (q, k, v, out, grad))
+    of_q, of_k, of_v = (large_pages(t.new_empty(t.shape)) for t in (q, k, v))
+    options = positions, key_positions, spec, causal, scale, cu_seqlens, cu_seqlens_k, window
+    extension().attention_backward_cpu(
+        _attention(q, k, v, out, lse, *options),
+        [_place(t) for t in (grad, of_q, of_k, of_v)],
+        torch.get_num_threads(),
+    )
+    return of_q, of_k, of_v
+
+
+def takes(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the C++ kernel does it."""
+    if q.dtype not in TYPES or not built("attention_cpu"):
+        return False
+    if q.numel() == 0 or k.numel() == 0 or (q.dtype != torch.float32 and _multiplies_halves()):
+        return False
+    sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+    queries, keys = (t.shape[:-2].numel() // max(1, sequences) for t in (q, k))
+    return queries * q.shape[-2] // k.shape[-2] >= min(FEWEST_QUERIES, keys)
+
+
+def empty_lse(q: Tensor) -> Tensor:
+    """[B, H, S] or [H, N] for queries [B, S, H, D] or [N, H, D], laid out as torch does."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape[:-1], dtype=dtype).transpose(-1, -2)
+
+
+@lru_cache(maxsize=1)
+def _multiplies_halves() -> bool:
+    """Whether the processor has tiles for products of 16-bit numbers, which torch's kernel uses."""
+    asked = getattr(torch.cpu, "get_capabilities", None)
+    return asked is not None and bool(asked().get("amx_tile", False))
+
+
+def _turn(
+    q: Tensor, k: Tensor, positions: Tensor, key_positions: Tensor | None, spec: int
+) -> tuple[Tensor, Tensor]:
+    """Both turned; torch's kernel takes a head's tokens a little faster where they lie together."""
+    impl = resolve_rotary("auto", q.device, q.dtype)
+    q = turn(q, positions, spec, False, impl, heads_first=True)
+    if key_positions is not None:
+        k = turn(k, key_positions, spec, False, impl, heads_first=True)
+    return q, k
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _place(x: Tensor) -> _Place:
+    """Of [B, S, H, D], or of packed [N, H, D], which is one batch."""
+    batch, token, head = x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
+    return x.data_ptr(), batch, token, head
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    positions: Tensor,
+    key_positions: Tensor | None,
+    spec: int,
+    causal: bool,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    window: int,
+) -> Any:
+    """The C++ kernel's arguments; the tensors must outlive them."""
+    if cu_seqlens is None or cu_seqlens_k is None:
+        sequences, starts = len(q), (0, 0)
+    else:
+        sequences, starts = len(cu_seqlens) - 1, (cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr())
+    batch, head, token = lse.stride() if lse.dim() == 3 else (0, *lse.stride())
+    return extension().Attention(
+        _turned(q, positions, spec),
+        _turned(k, key_positions, spec),
+        (_place(v), _place(out), (lse.data_ptr(), batch, token, head)),
+        starts,
+        sequences,
+        causal,
+        window,
+        scale,
+    )
+
+
+def _turned(x: Tensor, positions: Tensor | None, spec: int) -> Any:
+    """Queries or keys, and how they are turned; without positions they are so already."""
+    sizes = tuple(x.shape) if x.dim() == 4 else (1, *x.shape)
+    kind = TYPES[x.dtype]
+    if positions is None:
+        return extension().Turned(_place(x), (0, 0, 0, 0), (0, 0, 0), sizes, 0, 1, kind)
+    axis, batch, token = (
+        positions.stride()
+        if positions.dim() == 3
+        else (positions.stride(0), 0, positions.stride(1))
+    )
+    known = RotarySpec.known[spec]
+    return extension().Turned(
+        _place(x),
+        (positions.data_ptr(), axis, batch, token),
+        tuple(table.data_ptr() for table in spec_tensors(spec, x.device)),
+        sizes,
+        known.pairs,
+        known.pair_stride,
+        kind,
+    )
