@@ -196,7 +196,7 @@ void attention_backward_cpu(const AttentionArgs& a, const AttentionGradients& g,
   };
   std::vector<std::unique_ptr<Blocks>> blocks;
   for (int i = 0; i < threads; ++i) blocks.emplace_back(new Blocks(rows.width()));
-  const Angles query_angles(a.q, threads), key_angles(a.k, threads);
+  const Angles query_angles(a.q, threads), key_angles(a.k, threads, &query_angles);
   share(key_heads, threads, [&](int64_t i, int thread) {
     const Sequence& s = sequences[i / a.k.heads];
     const int64_t head = i % a.k.heads;
@@ -209,8 +209,8 @@ void attention_backward_cpu(const AttentionArgs& a, const AttentionGradients& g,
     std::fill_n(sums.keys, rows.of(s), 0.0f);
     std::fill_n(sums.values, rows.of(s), 0.0f);
     const int64_t first = head * group + part * heads;
-    for (int64_t h = first; h < first + heads; ++h)
-      for (int64_t query = 0; query < s.queries; query += kQueries)
+    for (int64_t query = 0; query < s.queries; query += kQueries)
+      for (int64_t h = first; h < first + heads; ++h)
         backward(a, g, query_angles, s, h, query, key_head(s, head), sums, *blocks[thread]);
   });
   share(key_heads, threads, [&](int64_t i, int) {

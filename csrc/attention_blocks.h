@@ -86,11 +86,16 @@ CLINKD_INLINE const T* head_of(const RotaryArgs& x, int64_t batch, int64_t token
          head * x.x_stride[2];
 }
 
-// Cosine and sine of all tokens, computed once for all heads: [B * S, 2, 2 * pairs].
+// Cosine and sine of all tokens, computed once for all heads: [B * S, 2, factors].
 class Angles {
  public:
-  Angles(const RotaryArgs& x, int threads)
-      : x_(x), row_(4 * x.pairs), data_(x.batch * x.tokens * 4 * x.pairs) {
+  // those of `like` where x has its positions
+  Angles(const RotaryArgs& x, int threads, const Angles* like = nullptr)
+      : x_(x),
+        shared_(like != nullptr && same(x, like->x_)),
+        own_(shared_ ? 0 : x.batch * x.tokens * 2 * factors(x)),
+        data_(shared_ ? like->data_ : own_) {
+    if (shared_) return;
     constexpr int64_t kTokens = 32;
     const auto fill = widest<Fill, const RotaryArgs&, int64_t, int64_t, float*>();
     const int64_t tokens = x_.pairs == 0 ? 0 : x_.batch * x_.tokens;
@@ -102,25 +107,33 @@ class Angles {
   // The row turned, or with sign -1 back.
   template <int W>
   CLINKD_INLINE void turn(float* row, int64_t batch, int64_t token, float sign) const {
-    const float* cos = data_ + (batch * x_.tokens + token) * row_;
-    turn_head<W>(row, row, cos, cos + 2 * x_.pairs, x_.pairs, x_.pair_stride, sign);
+    const float* cos = data_ + (batch * x_.tokens + token) * 2 * factors(x_);
+    turn_head<W>(row, row, cos, cos + factors(x_), x_.pairs, x_.pair_stride, sign);
   }
 
  private:
+  static bool same(const RotaryArgs& x, const RotaryArgs& y) {
+    return x.positions == y.positions && x.tokens == y.tokens && x.pairs == y.pairs &&
+           std::equal(x.positions_stride, x.positions_stride + 3, y.positions_stride);
+  }
+  // of a token, see `angles`
+  static int64_t factors(const RotaryArgs& x) { return x.pair_stride == 1 ? 2 * x.pairs : x.pairs; }
+
   struct Fill {
     template <int W>
     static CLINKD_INLINE void run(const RotaryArgs& x, int64_t begin, int64_t end, float* to) {
       const int axes = axes_of(x);
       for (int64_t i = begin; i < end; ++i) {
-        float* cos = to + i * 4 * x.pairs;
-        angles(x, positions_of(x, i / x.tokens, i % x.tokens), axes, cos, cos + 2 * x.pairs);
+        float* cos = to + i * 2 * factors(x);
+        angles(x, positions_of(x, i / x.tokens, i % x.tokens), axes, cos, cos + factors(x));
       }
     }
   };
 
   const RotaryArgs& x_;
-  int64_t row_;
-  Buffer data_;
+  bool shared_;
+  Buffer own_;
+  float* data_;
 };
 
 // Numbers of a head in panels of so many components: [panel, token, component].

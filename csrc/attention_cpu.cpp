@@ -132,7 +132,7 @@ void attention_cpu(const AttentionArgs& a, int threads) {
     return KeyHead{keys + rows.at(s, head), {values + rows.at(s, head), panel_of(s)}};
   };
   const std::unique_ptr<Blocks[]> blocks(new Blocks[threads]);
-  const Angles query_angles(a.q, threads), key_angles(a.k, threads);
+  const Angles query_angles(a.q, threads), key_angles(a.k, threads, &query_angles);
   const int64_t key_heads = int64_t(sequences.size()) * a.k.heads;
   share(key_heads, threads, [&](int64_t i, int part) {
     const Sequence& s = sequences[i / a.k.heads];
@@ -145,9 +145,9 @@ void attention_cpu(const AttentionArgs& a, int threads) {
   };
   std::vector<Task> tasks;
   for (const Sequence& s : sequences)
-    for (int64_t head = 0; head < a.q.heads; ++head)
-      for (int64_t block = (s.queries + kQueries - 1) / kQueries; block-- > 0;)
-        tasks.push_back({&s, head, block * kQueries});  // the last see most: they go first
+    for (int64_t block = (s.queries + kQueries - 1) / kQueries; block-- > 0;)  // the last see most
+      for (int64_t head = 0; head < a.q.heads; ++head)
+        tasks.push_back({&s, head, block * kQueries});
   share(int64_t(tasks.size()), threads, [&](int64_t i, int part) {
     const Task& t = tasks[i];
     forward(a, query_angles, *t.sequence, t.head, t.query,

@@ -23,7 +23,7 @@ CLINKD_INLINE const float* positions_of(const RotaryArgs& a, int64_t batch, int6
 
 // Cosine and sine of every pair at `positions`, the sine with the sign of the direction. Where the
 // components of a pair are neighbours they are laid out for `x * cos + swapped(x) * sin`: twice
-// each, first -sin. Both have room for 2 * pairs.
+// each, first -sin.
 CLINKD_INLINE void angles(const RotaryArgs& a, const float* positions, int axes, float* all_cos,
                           float* all_sin) {
   alignas(64) float cos[kMaxPairs], sin[kMaxPairs];
