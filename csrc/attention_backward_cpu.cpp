@@ -18,11 +18,12 @@ namespace {
 
 // Keys and values of one head, in panels of keys, and its keys in panels of components.
 struct KeyHead {
-  float *turned_keys, *turned_values;
+  float *transposed_keys, *transposed_values;
   Panels keys;
 };
 
-// Gradients of the keys and values of one head, [keys, width]: those of some queries' heads.
+// Gradients of the keys, for scores in powers of two, and values of one head, [keys, width]: those
+// of some queries' heads.
 struct Sums {
   float *keys, *values;
 };
@@ -32,8 +33,8 @@ struct Blocks {
   Buffer queries{kQueries * kBlockRow}, grads{kQueries * kBlockRow}, out{kQueries * kBlockRow};
   Buffer scores{kQueries * kBlockRow}, of_scores{kQueries * kBlockRow};
   Buffer query_panels, grad_panels;
-  float lse[kQueries];    // in powers of two
-  float inner[kQueries];  // product of output and gradient
+  float lse[kQueries] = {};    // in powers of two
+  float inner[kQueries] = {};  // product of output and gradient
 };
 
 // One row's scores to probabilities, and the gradients of those to the scores'.
@@ -63,7 +64,7 @@ struct Backward {
     const int64_t queries = std::min(kQueries, s.queries - query), first = s.query + query;
     const int64_t rows = round_up(queries, tile_rows(W));
     const int64_t dim = a.q.head_dim, width = round_up(dim, kColumns);
-    load<W>(a, g, angles, s, head, first, queries, b);
+    load_block<W>(a, g, angles, s, head, first, queries, b);
     float* of_queries = b.out;
     std::fill_n(of_queries, rows * kBlockRow, 0.0f);
     const Range seen = taken(band_of(a, s, query, 0), 0, queries - 1, s.keys);
@@ -71,9 +72,9 @@ struct Backward {
       const int64_t keys = std::min(kKeys, s.keys - key);
       const int64_t columns = round_up(keys, kColumns), key_rows = round_up(keys, tile_rows(W));
       const Band band = band_of(a, s, query, key);
-      multiply<W, Left::kRows>({b.queries, k.turned_keys + key * width, width * kColumns, b.scores,
+      multiply<W, Left::kRows>({b.queries, k.transposed_keys + key * width, width * kColumns, b.scores,
                                 kBlockRow, rows, columns, dim, band, kEverything, false});
-      multiply<W, Left::kRows>({b.grads, k.turned_values + key * width, width * kColumns,
+      multiply<W, Left::kRows>({b.grads, k.transposed_values + key * width, width * kColumns,
                                 b.of_scores, kBlockRow, rows, columns, dim, band, kEverything,
                                 false});
       for (int64_t r = 0; r < rows; ++r) {
@@ -85,10 +86,10 @@ struct Backward {
                                 kBlockRow, rows, dim, keys, kEverything, band, true});
       multiply<W, Left::kColumns>({b.scores, b.grad_panels, kQueries * kColumns,
                                    sums.values + key * width, width, key_rows, dim, queries,
-                                   kEverything, turned(band), true});
+                                   kEverything, transposed(band), true});
       multiply<W, Left::kColumns>({b.of_scores, b.query_panels, kQueries * kColumns,
                                    sums.keys + key * width, width, key_rows, dim, queries,
-                                   kEverything, turned(band), true});
+                                   kEverything, transposed(band), true});
     }
     for (int64_t r = 0; r < queries; ++r) {
       angles.turn<W>(of_queries + r * kBlockRow, s.batch, first + r, -1.0f);
@@ -98,9 +99,9 @@ struct Backward {
   }
 
   template <int W>
-  static CLINKD_INLINE void load(const AttentionArgs& a, const AttentionGradients& g,
-                                 const Angles& angles, const Sequence& s, int64_t head,
-                                 int64_t first, int64_t queries, Blocks& b) {
+  static CLINKD_INLINE void load_block(const AttentionArgs& a, const AttentionGradients& g,
+                                       const Angles& angles, const Sequence& s, int64_t head,
+                                       int64_t first, int64_t queries, Blocks& b) {
     constexpr int kRows = tile_rows(W), kColumns = panel_columns(W);
     const int64_t dim = a.q.head_dim;
     load_turned<W, T>(a.q, angles, s.batch, first, head, queries, kRows, a.scale * kLog2E,
@@ -115,8 +116,7 @@ struct Backward {
     for (int64_t r = 0; r < queries; ++r) {
       Floats<W> inner = zero<W>();
       for (int64_t d = 0; d < dim; d += W)
-        inner += clinkd::load<W>(b.grads + r * kBlockRow + d) *
-                 clinkd::load<W>(b.out + r * kBlockRow + d);
+        inner += load<W>(b.grads + r * kBlockRow + d) * load<W>(b.out + r * kBlockRow + d);
       b.inner[r] = sum<W>(inner);
       b.lse[r] = lse[r * a.lse_token] * kLog2E;
     }
@@ -133,11 +133,11 @@ struct Pack {
     for (int64_t key = 0; key < s.keys; key += kColumns) {
       const int64_t keys = std::min<int64_t>(kColumns, s.keys - key), first = s.key + key;
       load_turned<W, T>(a.k, angles, s.batch, first, head, keys, kColumns, 1.0f, block);
-      to_turned_panel<W>(block, dim, to.turned_keys + key * width);
+      to_transposed_panel<W>(block, dim, to.transposed_keys + key * width);
       to_panels<W>(block, keys, dim, {to.keys.data + key * kColumns, to.keys.panel});
       load_rows<W>(head_of<const T>(a.v, s.batch, first, head), a.v.token, keys, kColumns, dim, 1.0f,
                    block);
-      to_turned_panel<W>(block, dim, to.turned_values + key * width);
+      to_transposed_panel<W>(block, dim, to.transposed_values + key * width);
     }
   }
 };
@@ -195,6 +195,7 @@ void attention_backward_cpu(const AttentionArgs& a, const AttentionGradients& g,
     return Sums{of_keys + at, of_values + at};
   };
   std::vector<std::unique_ptr<Blocks>> blocks;
+  threads = int(std::min(int64_t(threads), key_heads * parts));
   for (int i = 0; i < threads; ++i) blocks.emplace_back(new Blocks(rows.width()));
   const Angles query_angles(a.q, threads), key_angles(a.k, threads, &query_angles);
   share(key_heads, threads, [&](int64_t i, int thread) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "attention.h"
@@ -53,18 +54,35 @@ struct Sequence {
   int64_t batch;
   int64_t query, queries;  // the first, and how many
   int64_t key, keys;
-  int64_t panel_keys;  // of the sequences before, each rounded up to whole tiles
+  int64_t rows_before;  // `rows_of` the sequences before
 };
+
+// Room for so many keys in panels, and for whole tiles of their gradients.
+inline int64_t rows_of(int64_t keys) {
+  return std::max(round_up(keys, panel_columns(vector_width())),
+                  round_up(keys, tile_rows(vector_width())));
+}
+
+// Of packed ones, where each starts; raises unless they rise from 0 to the end.
+inline void check_starts(const int32_t* starts, int64_t sequences, int64_t tokens) {
+  bool right = starts[0] == 0 && starts[sequences] == tokens;
+  for (int64_t s = 0; s < sequences; ++s) right = right && starts[s] <= starts[s + 1];
+  if (!right) throw std::invalid_argument("cu_seqlens must rise from 0 to the number of tokens");
+}
 
 inline std::vector<Sequence> sequences_of(const AttentionArgs& a) {
   std::vector<Sequence> found;
-  int64_t panel_keys = 0;
+  if (a.starts != nullptr) {
+    check_starts(a.starts, a.sequences, a.q.tokens);
+    check_starts(a.key_starts, a.sequences, a.k.tokens);
+  }
+  int64_t rows = 0;
   for (int64_t s = 0; s < a.sequences; ++s) {
-    Sequence here = {s, 0, a.q.tokens, 0, a.k.tokens, panel_keys};
+    Sequence here = {s, 0, a.q.tokens, 0, a.k.tokens, rows};
     if (a.starts != nullptr)
       here = {0, a.starts[s], a.starts[s + 1] - a.starts[s], a.key_starts[s],
-              a.key_starts[s + 1] - a.key_starts[s], panel_keys};
-    panel_keys += round_up(here.keys, kTiles);
+              a.key_starts[s + 1] - a.key_starts[s], rows};
+    rows += rows_of(here.keys);
     found.push_back(here);
   }
   return found;
@@ -142,16 +160,15 @@ struct Panels {
   int64_t panel;  // floats from one to the next
 };
 
-// Keys of one head after the other, those of a sequence rounded up to whole tiles, components to
-// whole panels.
+// Keys of one head after the other, each with components up to whole panels.
 class KeyRows {
  public:
   KeyRows(int64_t heads, int64_t dim)
       : heads_(heads), width_(round_up(dim, panel_columns(vector_width()))) {}
   int64_t width() const { return width_; }
-  int64_t of(const Sequence& s) const { return round_up(s.keys, kTiles) * width_; }  // in a head
+  int64_t of(const Sequence& s) const { return rows_of(s.keys) * width_; }  // in a head
   int64_t at(const Sequence& s, int64_t head) const {
-    return s.panel_keys * heads_ * width_ + head * of(s);
+    return s.rows_before * heads_ * width_ + head * of(s);
   }
   int64_t size(const std::vector<Sequence>& sequences) const {
     return sequences.empty() ? 0 : at(sequences.back(), heads_);
@@ -162,7 +179,7 @@ class KeyRows {
 };
 
 inline int64_t panel_of(const Sequence& s) {
-  return round_up(s.keys, kTiles) * panel_columns(vector_width());
+  return rows_of(s.keys) * panel_columns(vector_width());
 }
 
 // T as floats times `factor`; zeros up to whole panels.
@@ -232,7 +249,7 @@ CLINKD_INLINE Floats<W> zip(Floats<W> a, Floats<W> b, bool last) {
 
 // As many rows of a block as a panel has columns, as one panel: [component, row].
 template <int W>
-CLINKD_INLINE void to_turned_panel(const float* block, int64_t dim, float* panel) {
+CLINKD_INLINE void to_transposed_panel(const float* block, int64_t dim, float* panel) {
   constexpr int kColumns = panel_columns(W);
   for (int64_t d = 0; d < dim; d += W)
     for (int first = 0; first < kColumns; first += W) {

@@ -21,7 +21,7 @@ constexpr float kNone = -INFINITY;
 
 // Keys of one head, in panels of keys, and its values in panels of components.
 struct KeyHead {
-  float* turned_keys;
+  float* transposed_keys;
   Panels values;
 };
 
@@ -47,9 +47,10 @@ CLINKD_INLINE float soften(float* row, Range seen, int64_t width, float& top, fl
   }
   const float before = top;
   top = std::max(before, largest<W>(most));
+  const float level = top == kNone ? 0.0f : top;
   Floats<W> found = zero<W>();
   for (int64_t j = begin; j < end; j += W) {
-    const Floats<W> p = exp2<W>(load<W>(row + j) - top);
+    const Floats<W> p = exp2<W>(load<W>(row + j) - level);
     found += p;
     store<W>(row + j, p);
   }
@@ -77,7 +78,7 @@ struct Forward {
       const int64_t keys = std::min(kKeys, s.keys - key);
       const int64_t columns = round_up(keys, panel_columns(W));
       const Band band = band_of(a, s, query, key);
-      multiply<W, Left::kRows>({b.queries, k.turned_keys + key * width, width * panel_columns(W),
+      multiply<W, Left::kRows>({b.queries, k.transposed_keys + key * width, width * panel_columns(W),
                                 b.scores, kBlockRow, rows, columns, dim, band, kEverything, false});
       for (int64_t r = 0; r < rows; ++r) {
         const Range range = r < queries ? taken(band, r, r, keys) : Range{0, 0};
@@ -111,7 +112,7 @@ struct Pack {
     for (int64_t key = 0; key < s.keys; key += kColumns) {
       const int64_t keys = std::min<int64_t>(kColumns, s.keys - key), first = s.key + key;
       load_turned<W, T>(a.k, angles, s.batch, first, head, keys, kColumns, 1.0f, block);
-      to_turned_panel<W>(block, dim, to.turned_keys + key * width);
+      to_transposed_panel<W>(block, dim, to.transposed_keys + key * width);
       load_rows<W>(head_of<T>(a.v, s.batch, first, head), a.v.token, keys, 1, dim, 1.0f, block);
       to_panels<W>(block, keys, dim, {to.values.data + key * kColumns, to.values.panel});
     }
@@ -131,14 +132,7 @@ void attention_cpu(const AttentionArgs& a, int threads) {
   const auto key_head = [&](const Sequence& s, int64_t head) {
     return KeyHead{keys + rows.at(s, head), {values + rows.at(s, head), panel_of(s)}};
   };
-  const std::unique_ptr<Blocks[]> blocks(new Blocks[threads]);
   const Angles query_angles(a.q, threads), key_angles(a.k, threads, &query_angles);
-  const int64_t key_heads = int64_t(sequences.size()) * a.k.heads;
-  share(key_heads, threads, [&](int64_t i, int part) {
-    const Sequence& s = sequences[i / a.k.heads];
-    const int64_t head = i % a.k.heads;
-    pack(a, key_angles, s, head, key_head(s, head), blocks[part].queries);
-  });
   struct Task {
     const Sequence* sequence;
     int64_t head, query;
@@ -148,6 +142,14 @@ void attention_cpu(const AttentionArgs& a, int threads) {
     for (int64_t block = (s.queries + kQueries - 1) / kQueries; block-- > 0;)  // the last see most
       for (int64_t head = 0; head < a.q.heads; ++head)
         tasks.push_back({&s, head, block * kQueries});
+  const int64_t key_heads = int64_t(sequences.size()) * a.k.heads;
+  threads = int(std::min<int64_t>(threads, std::max(key_heads, int64_t(tasks.size()))));
+  const std::unique_ptr<Blocks[]> blocks(new Blocks[threads]);
+  share(key_heads, threads, [&](int64_t i, int part) {
+    const Sequence& s = sequences[i / a.k.heads];
+    const int64_t head = i % a.k.heads;
+    pack(a, key_angles, s, head, key_head(s, head), blocks[part].queries);
+  });
   share(int64_t(tasks.size()), threads, [&](int64_t i, int part) {
     const Task& t = tasks[i];
     forward(a, query_angles, *t.sequence, t.head, t.query,

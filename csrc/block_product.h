@@ -16,7 +16,7 @@ constexpr int64_t kBlockRow = 256 + 16;
 constexpr int tile_rows(int W) { return W == 16 ? 12 : W == 8 ? 6 : 4; }
 // Columns of a tile, and of the panels in which the right factor lies: [panel, depth, columns].
 constexpr int panel_columns(int W) { return 2 * W; }
-// A multiple of the tiles' rows and columns for every width of vectors.
+// A multiple of the tiles' rows and columns for every width of vectors: blocks are made of so many.
 constexpr int64_t kTiles = 96;
 
 constexpr int64_t kUnbounded = int64_t(1) << 40;
@@ -28,7 +28,7 @@ struct Band {
 constexpr Band kEverything = {-kUnbounded, kUnbounded};
 
 // The same seen from the other dimension.
-CLINKD_INLINE Band turned(Band band) { return {1 - band.high, 1 - band.low}; }
+CLINKD_INLINE Band transposed(Band band) { return {1 - band.high, 1 - band.low}; }
 
 struct Range {
   int64_t begin, end;
@@ -40,7 +40,7 @@ CLINKD_INLINE Range taken(Band band, int64_t first, int64_t last, int64_t n) {
   return {begin, std::clamp<int64_t>(last + band.high, begin, n)};
 }
 
-enum class Left { kRows, kColumns };  // a block, or one that is read turned
+enum class Left { kRows, kColumns };  // a block, or a block transposed
 
 // `c` [rows, V * W] = or += `a` [rows, depth] @ `b` [depth, panel].
 template <int W, int V, Left left>

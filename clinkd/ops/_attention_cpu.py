@@ -16,9 +16,10 @@ from clinkd.ops._memory import large_pages
 from clinkd.ops.rotary import resolve_rotary, spec_tensors, turn, turn_inplace
 from clinkd.rotary import RotarySpec
 
-# for fewer queries of a sequence, times the heads that share a key, turning keys into panels is
-# not worth while, unless the keys are as few
+# for fewer queries of a sequence, times the heads that share a key, copying keys into panels is
+# not worth while, unless the keys are as few; of packed ones the mean counts
 FEWEST_QUERIES = 48
+FEWEST_KEYS = 8  # of packed sequences in the mean: panels have room for 16 or 32 of each
 
 _Place = tuple[int, int, int, int]  # pointer; strides of batch, token and head
 
@@ -89,13 +90,15 @@ def backward(
 
 
 def takes(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the C++ kernel does it."""
+    """Whether the C++ kernel does it, and not torch's: by types, sizes and the processor."""
     if q.dtype not in TYPES or not built("attention_cpu"):
         return False
-    if q.numel() == 0 or k.numel() == 0 or (q.dtype != torch.float32 and _multiplies_halves()):
+    if q.numel() == 0 or k.numel() == 0 or _has_tiles(q.dtype):
         return False
     sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
     queries, keys = (t.shape[:-2].numel() // max(1, sequences) for t in (q, k))
+    if cu_seqlens is not None and keys < FEWEST_KEYS:
+        return False
     return queries * q.shape[-2] // k.shape[-2] >= min(FEWEST_QUERIES, keys)
 
 
@@ -105,11 +108,12 @@ def empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=dtype).transpose(-1, -2)
 
 
-@lru_cache(maxsize=1)
-def _multiplies_halves() -> bool:
-    """Whether the processor has tiles for products of 16-bit numbers, which torch's kernel uses."""
+@lru_cache(maxsize=4)
+def _has_tiles(dtype: torch.dtype) -> bool:
+    """Whether the processor multiplies tiles of this type (AMX), as torch's kernel does then."""
+    name = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype)
     asked = getattr(torch.cpu, "get_capabilities", None)
-    return asked is not None and bool(asked().get("amx_tile", False))
+    return name is not None and asked is not None and bool(asked().get(name, False))
 
 
 def _turn(

@@ -50,7 +50,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     out, lse, q_turned, k_turned = output
     ctx.mark_non_differentiable(lse, q_turned, k_turned)
     ctx.set_materialize_grads(False)  # or each of those would get zeros of its size
-    if impl == "cpu":  # they are turned again
+    if impl == "cpu":  # which turns them again
         q_turned, k_turned = q, k
     elif key_positions is None:
         k_turned = k

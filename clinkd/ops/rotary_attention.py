@@ -16,6 +16,7 @@ from clinkd.ops.rotary import check_numbers, check_positions, check_rotary
 from clinkd.rotary import RotarySpec
 
 IMPLS = ("auto", "reference", "cpu", "triton")
+FARTHEST = 2**31 - 1  # tokens: a wider window is as wide for the kernels
 
 
 def rotary_attention(
@@ -113,7 +114,7 @@ def rotary_attention(
             scale,
             cu_seqlens,
             cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
-            window or 0,
+            min(window or 0, FARTHEST),
             torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
             impl,
         )[:2]

@@ -46,8 +46,9 @@ BLOCKS = {
 
 @pytest.fixture(autouse=True)
 def takes_all(monkeypatch):
-    """However few the queries are."""
+    """However few the tokens are."""
     monkeypatch.setattr(_attention_cpu, "FEWEST_QUERIES", 0)
+    monkeypatch.setattr(_attention_cpu, "FEWEST_KEYS", 0)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -94,11 +95,15 @@ def test_which_kernel_runs(monkeypatch):
     assert not by_torch(Case(5))
     assert by_torch(Case(1, 60))
     assert by_torch(Case([1, 1], [60, 60]))
+    assert by_torch(Case([7] * 20, heads=(8, 1)))
     assert by_torch(Case(96), torch.float64)
     assert not by_torch(Case(1, 60, heads=(48, 1), batch=1))
-    monkeypatch.setattr(_attention_cpu, "_multiplies_halves", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    _attention_cpu._has_tiles.cache_clear()
     assert by_torch(Case(96), torch.bfloat16)
+    assert not by_torch(Case(96), torch.float16)
     assert not by_torch(Case(96))
+    _attention_cpu._has_tiles.cache_clear()
 
 
 def test_any_number_of_threads():
@@ -139,6 +144,45 @@ def test_large_scores():
     bad[0, 130, 1] = torch.nan
     out = rotary_attention(bad, k, v, positions, spec, impl="cpu")
     assert out.isnan().nonzero()[:, 1:3].unique(dim=0).tolist() == [[130, 1]]
+
+
+def test_keys_that_score_minus_infinity():
+    """A whole block of them says nothing of those that follow; a row of nothing else is NaN."""
+    spec = RotarySpec.rope(32, rotary_dim=2)
+    q, k, v = (torch.randn(1, 250, 1, 32) for _ in range(3))
+    positions = torch.zeros(1, 1, 250)
+    q[..., 5] = 1
+    for hidden in (192, 250):
+        k[:, :hidden, :, 5] = -torch.inf
+        found, expected = (
+            rotary_attention(q, k, v, positions, spec, causal=False, return_lse=True, impl=impl)
+            for impl in ("cpu", "reference")
+        )
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_a_window_of_any_width():
+    case = Case(100, window=None)
+    tensors, positions, options = case.make()
+    wide = run("cpu", tensors, positions, case.spec, options)
+    for window in (sys.maxsize, 2**70):
+        found = run("cpu", tensors, positions, case.spec, {**options, "window": window})
+        assert all(torch.equal(a, b) for a, b in zip(found, wide, strict=True))
+
+
+@pytest.mark.parametrize("starts", [[0, 60], [0, 60, 20, 100], [0, 60, 2_000_000], [1, 100]])
+def test_wrong_starts_in_a_graph(starts):
+    """There nobody looks at numbers before the kernel, which must not follow them."""
+    q, k, v = (torch.randn(100, 2, 32) for _ in range(3))
+    positions, spec = torch.zeros(2, 100), RotarySpec.split(32)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def attend(cu_seqlens):
+        return rotary_attention(q, k, v, positions, spec, cu_seqlens=cu_seqlens, impl="cpu")
+
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0"):
+        attend(torch.tensor(starts, dtype=torch.int32))
 
 
 NARROW = """
@@ -188,6 +232,26 @@ run(20_000)  # scores of a head would be 1.6 GB
 print((peak() - before) // 1024)
 """
 
+SHORT = """
+import resource
+import torch
+from clinkd.ops import rotary_attention
+from clinkd.rotary import RotarySpec
+
+def run(N):
+    leaves = [torch.randn(N, 2, 64, requires_grad=True) for _ in range(3)]
+    starts = torch.arange(N + 1, dtype=torch.int32)
+    out = rotary_attention(
+        *leaves, torch.zeros(2, N), RotarySpec.split(64), cu_seqlens=starts, impl="cpu"
+    )
+    torch.autograd.grad(out.sum(), leaves)
+
+run(64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(8192)  # queries of 4 MB
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
 
 def python(program, *arguments, **environment):
     done = subprocess.run(
@@ -214,6 +278,10 @@ def test_narrower_vectors(width):
 
 def test_memory_grows_with_the_tokens():
     assert int(python(MEMORY)) < 100
+
+
+def test_memory_of_short_sequences():
+    assert int(python(SHORT)) < 150
 
 
 @pytest.mark.slow
