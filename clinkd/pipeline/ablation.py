@@ -100,12 +100,13 @@ def ablate(
         raise ConfigError(
             f"seeds must be different numbers from 0 on, at least one; got {list(seeds)}"
         )
-    config = with_whole_paths(config)
     for split in ("train", "test"):
         records_file(getattr(config.data, split), split)
     grid = [(seed, cell) for seed in seeds for cell in CELLS]
     runs = {
-        (seed, cell): cell_config(config, cell, seed, output / f"seed-{seed}" / cell)
+        (seed, cell): with_whole_paths(
+            cell_config(config, cell, seed, output / f"seed-{seed}" / cell)
+        )
         for seed, cell in grid
     }
     labels = cell_labels(config.generate.selection)

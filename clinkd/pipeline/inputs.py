@@ -1,13 +1,15 @@
 """Whether a run's records and images are those of its last start.
 
 `images.json` in the run folder keeps size, time and SHA-256 of every image's file. Only a file of
-another size or time is read again, so that a data folder that was copied costs a reading alone.
+another size or time, or in another data folder, is read again, so that one that was copied costs a
+reading alone.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,7 @@ from clinkd.data.images import resolve_image, split_name
 from clinkd.data.records import read_records
 from clinkd.data.select import limit_records
 from clinkd.errors import DataError
-from clinkd.pipeline.paths import data_root, records_file
+from clinkd.pipeline.paths import SAMPLE_FOLDER, data_root, records_file
 from clinkd.progress import Update
 
 TABLE = "images.json"
@@ -55,7 +57,11 @@ def read_inputs(config: RunConfig, run: Path, progress: Update) -> Inputs:
     A file that is not there is taken for what it was: who needs it says so.
     """
     data, before = config.data, _read(run / TABLE)
-    hashes, table, known = {}, {}, before.get("files", {})
+    root, known = data_root(data), before.get("files", {})
+    folder = os.path.realpath(root)
+    same_folder = before.get("root") == folder  # elsewhere size and time tell nothing
+    hashes: dict[str, str] = {}
+    table: dict[str, Any] = {}
     files: dict[str, Mark | None] = {}
     for split, name, limit in (
         ("train", data.train, data.train_limit),
@@ -63,54 +69,63 @@ def read_inputs(config: RunConfig, run: Path, progress: Update) -> Inputs:
     ):
         path = records_file(name, split)
         hashes[split] = sha256_file(path)
-        if name == SAMPLE and data.root is None:
+        if name == SAMPLE and root == SAMPLE_FOLDER:
             continue
         drawn = [hashes[split], limit, config.seed if limit else None]
         table[split] = before.get(split, {})
         if table[split].get("of") != drawn:
-            table[split] = {"of": drawn, "names": _names(path, limit, config)}
+            table[split] = {"of": drawn, "names": _names(path, limit, config.seed, root)}
         names = table[split]["names"]
-        files |= _marks(config, [each for each in names if each not in files], known, progress)
+        look = partial(_mark, root, known, same_folder)
+        files |= _marks([each for each in names if each not in files], look, progress)
         told = json.dumps([hashes[split], [(each, _sha(files[each])) for each in names]])
         hashes[split] = hashlib.sha256(told.encode()).hexdigest()
     changed = sorted(n for n, mark in files.items() if _sha(known.get(n)) not in (None, _sha(mark)))
-    return Inputs(hashes, changed, {**table, "files": files} if table else None)
+    return Inputs(hashes, changed, {"root": folder, **table, "files": files} if table else None)
 
 
 def _sha(mark: Mark | None) -> Any:
     return None if mark is None else mark[-1]
 
 
-def _names(path: Path, limit: int | None, config: RunConfig) -> list[str]:
+def _names(path: Path, limit: int | None, seed: int, root: Path) -> list[str]:
     """The files of the images that a split's records name, each once."""
     try:
-        records = limit_records(read_records(path), limit, config.seed)
+        records = limit_records(read_records(path), limit, seed)
     except DataError:
         return []  # `prepare` says what is wrong
-    root = data_root(config.data)
     return sorted({split_name(name, root)[0] for record in records for name in record.images})
 
 
 def _marks(
-    config: RunConfig, names: Sequence[str], known: dict[str, Mark], progress: Update
+    names: Sequence[str], look: Callable[[str], Mark | None], progress: Update
 ) -> dict[str, Mark | None]:
-    look = partial(_mark, data_root(config.data), known)
     parts = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
     found: list[Mark | None] = []
+    stopped = threading.Event()  # else a stop would wait for the parts that are under way
+
+    def read(part: Sequence[str]) -> list[Mark | None]:
+        return [look(name) for name in part if not stopped.is_set()]
+
     with ThreadPoolExecutor(READERS) as readers:
-        for marks in readers.map(lambda part: [look(name) for name in part], parts):
-            found += marks
-            progress(len(found), len(names), "images")
+        try:
+            for marks in readers.map(read, parts):
+                found += marks
+                progress(len(found), len(names), "images")
+        except BaseException:
+            stopped.set()
+            raise
     return dict(zip(names, found, strict=True))
 
 
-def _mark(root: Path, known: dict[str, Mark], name: str) -> Mark | None:
+def _mark(root: Path, known: dict[str, Mark], same_folder: bool, name: str) -> Mark | None:
     before = known.get(name)
     try:
         path = resolve_image(root, name)
         there = os.stat(path)
         now = [there.st_size, there.st_mtime_ns]
-        return before if before and before[:2] == now else [*now, sha256_file(path)]
+        same = same_folder and before and before[:2] == now
+        return before if same else [*now, sha256_file(path)]
     except (DataError, OSError):
         return before
 

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def _page(run: Run, chosen: list[tuple[Row, Row]], pictures: gallery.Pictures) -
             answered=len(run.predictions),
             most_judged=MOST_JUDGED,
             rounds=corrections.rounds(run.corrections, pictures),
-            stages=scores.stage_rows(run),
+            stages=_without_places(scores.stage_rows(run), run.config),
             settings=settings_table(run.config),
             difference=scores.difference,
         )
@@ -174,7 +174,9 @@ def _about(run: Run) -> dict[str, Any]:
     data = str(run.book.get("data") or "")
     modalities = {str(row.get("modality")) for row in run.predictions}
     return {
-        "student": "The embedded demo model" if student == "demo" else student or "Unknown model",
+        "student": (
+            "The embedded demo model" if student == "demo" else _place(student) or "Unknown model"
+        ),
         "data": "the shipped sample" if data == "sample" else _end_of(data),
         "started": _moment(min((s for s in starts if s), default="")),
         "clinkd": str(run.book.get("clinkd") or ""),
@@ -237,10 +239,31 @@ def _value(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, str) and Path(value).is_absolute():
-        return f"…/{_end_of(value)}"  # who is shown the page need not see more of this machine
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else _place(str(value))
+
+
+def _place(name: str) -> str:
+    """The end of a whole path: who is shown the page need not see more of this machine."""
+    kind, colon, path = name.rpartition("local-dir:")  # of a scorer
+    return f"{kind}{colon}…/{_end_of(path)}" if Path(path).is_absolute() else name
 
 
 def _end_of(path: str) -> str:
-    return "/".join(Path(path).parts[-2:])
+    return "/".join([part for part in Path(path).parts if part != "/"][-2:])
+
+
+def _without_places(stages: Row, config: Mapping[str, Any]) -> Row:
+    """The stages' rows; where their summaries name a path of the config, its end."""
+    paths = [text for text in _texts(config) if Path(text).is_absolute()]
+    for row in stages["rows"]:
+        for path in sorted(paths, key=len, reverse=True):
+            row["summary"] = row["summary"].replace(path, _place(path))
+    return stages
+
+
+def _texts(section: Mapping[str, Any]) -> Iterator[str]:
+    for value in section.values():
+        if isinstance(value, Mapping):
+            yield from _texts(value)
+        elif isinstance(value, str):
+            yield value.rpartition("local-dir:")[-1]

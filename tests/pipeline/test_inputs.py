@@ -3,6 +3,8 @@
 import io
 import os
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -10,11 +12,11 @@ import pytest
 from PIL import Image
 
 from clinkd.config import check, load
-from clinkd.data.records import Record, Turn, write_records
-from clinkd.errors import ConfigError
+from clinkd.data.records import Record, Turn, read_records, write_records
+from clinkd.errors import ConfigError, Preempted
 from clinkd.pipeline import inputs, runner, stages
 from clinkd.pipeline.folder import STAGES
-from clinkd.pipeline.paths import with_whole_paths
+from clinkd.pipeline.paths import SAMPLE_FOLDER, with_whole_paths
 from clinkd.progress import Console
 
 TURNS = (Turn("human", "Which organ?"), Turn("gpt", "Liver."))
@@ -130,3 +132,67 @@ def test_what_else_is_a_path_becomes_whole_and_names_stay(tmp_path, monkeypatch)
     assert found.generate.scorer == f"local-dir:{tmp_path / 'clip'}"
     assert found.output == "run"
     assert with_whole_paths(check({})) == check({})
+
+
+def test_another_root_is_read_whatever_the_times_of_its_files(start):
+    shutil.copytree("data", "other")
+    repaint("other/images/train0.bmp")
+    for path in (*Path("data/images").iterdir(), *Path("other/images").iterdir()):
+        os.utime(path, (1, 1))  # as archives and images of containers have them
+    start()
+    with pytest.raises(ConfigError, match="from other data"):
+        start("c.yaml", "data.root=other")
+
+
+def test_images_of_a_sample_under_another_root_count(start):
+    image = Path("data", read_records(SAMPLE_FOLDER / "test.jsonl")[0].images[0])
+    image.parent.mkdir(parents=True, exist_ok=True)
+    image.write_bytes(b"one")
+    start("c.yaml", "data.test=sample")
+    image.write_bytes(b"two")
+    with pytest.raises(ConfigError, match=r"'generate' .* from other data"):
+        start("c.yaml", "data.test=sample")
+
+
+def test_a_signal_does_not_wait_for_all_images(start, monkeypatch):
+    names = [f"images/{i}.bmp" for i in range(2 * inputs.READERS * inputs._AT_ONCE)]
+    for name in names:
+        os.link("data/images/train0.bmp", f"data/{name}")
+    write_records("data/train.jsonl", [Record(n, (n,), "ct", "ROC", n, TURNS) for n in names])
+    read = []
+    ready = threading.Event()
+
+    def slow(path):
+        if str(path).endswith(".bmp"):
+            read.append(path)
+            ready.wait(0.02)
+        return "0"
+
+    monkeypatch.setattr(inputs, "sha256_file", slow)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Preempted):
+        start()
+    assert len(read) < inputs.READERS * inputs._AT_ONCE / 2
+
+
+def test_a_file_that_the_run_makes_and_a_model_that_went_are_no_other_settings(start):
+    Path("model").mkdir()
+    corrector = ["kind=local", "model=model", "cache=replies/all.jsonl"]
+    given = ["model.teacher=model", *(f"correct.corrector.{each}" for each in corrector)]
+    start("c.yaml", *given)
+    Path("replies").mkdir()
+    Path("replies/all.jsonl").touch()
+    Path("model").rmdir()
+    for name in ("minilm", "token_f1"):  # what these mean is no matter of folders
+        Path(name).mkdir()
+    assert start("c.yaml", *given) == []
+
+
+def test_a_way_up_behind_a_link(tmp_path, monkeypatch):
+    (tmp_path / "far" / "folder").mkdir(parents=True)
+    (tmp_path / "far" / "train.jsonl").touch()
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "link").symlink_to("far/folder")
+    monkeypatch.chdir(tmp_path)
+    found = with_whole_paths(check({"data": {"train": "link/../train.jsonl"}}))
+    assert found.data.train == str((tmp_path / "far" / "train.jsonl").resolve())

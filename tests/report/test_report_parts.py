@@ -2,14 +2,16 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from clinkd.report import charts
-from clinkd.report.build import _signed, settings_table
+from clinkd.report.build import _about, _signed, _without_places, settings_table
 from clinkd.report.corrections import examples
 from clinkd.report.gallery import in_turn, rectangle
 from clinkd.report.judge import as_boxes, judge, mean_iou, token_f1
+from clinkd.report.read import Run
 from clinkd.report.scores import standing
 from clinkd.report.selection import first_beam, selection
 from clinkd.report.text import changes, pieces
@@ -188,3 +190,17 @@ def test_settings_show_the_end_of_whole_paths() -> None:
         ("run", [("seed", "0")]),
         ("data", [("train", "…/study/train.jsonl"), ("root", "–")]),
     ]
+
+
+def test_of_whole_paths_the_end_is_shown_everywhere(tmp_path: Path) -> None:
+    places = {"student": "/home/somebody/models/qwen", "teacher": "Qwen/Qwen2-VL-2B-Instruct"}
+    config = {"model": places, "generate": {"scorer": "local-dir:/home/somebody/models/clip"}}
+    shown = dict(settings_table(config)[2][1] + settings_table(config)[1][1])
+    assert shown["scorer"] == "local-dir:…/models/clip"
+    assert shown["teacher"] == "Qwen/Qwen2-VL-2B-Instruct"
+    run = Run(tmp_path, config=config)
+    assert _about(run)["student"] == "…/models/qwen"
+    rows = [{"summary": "stopped: /home/somebody/models/qwen: no processor can be read"}]
+    found = _without_places({"rows": rows}, config)["rows"][0]["summary"]
+    assert found == "stopped: …/models/qwen: no processor can be read"
+    assert settings_table({"output": "/run"}) == [("run", [("output", "…/run")])]
