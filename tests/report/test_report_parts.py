@@ -185,7 +185,7 @@ def test_selection_is_counted_where_the_metrics_are_silent() -> None:
 
 
 def test_settings_show_the_end_of_whole_paths() -> None:
-    config = {"data": {"train": "/home/somebody/study/train.jsonl", "root": None}, "seed": 0}
+    config = {"data": {"train": "/srv/somebody/study/train.jsonl", "root": None}, "seed": 0}
     assert settings_table(config) == [
         ("run", [("seed", "0")]),
         ("data", [("train", "…/study/train.jsonl"), ("root", "–")]),
@@ -193,14 +193,14 @@ def test_settings_show_the_end_of_whole_paths() -> None:
 
 
 def test_of_whole_paths_the_end_is_shown_everywhere(tmp_path: Path) -> None:
-    places = {"student": "/home/somebody/models/qwen", "teacher": "Qwen/Qwen2-VL-2B-Instruct"}
-    config = {"model": places, "generate": {"scorer": "local-dir:/home/somebody/models/clip"}}
+    places = {"student": "/srv/somebody/models/qwen", "teacher": "Qwen/Qwen2-VL-2B-Instruct"}
+    config = {"model": places, "generate": {"scorer": "local-dir:/srv/somebody/models/clip"}}
     shown = dict(row for _, rows in settings_table(config) for row in rows)
     assert shown["scorer"] == "local-dir:…/models/clip"
     assert shown["teacher"] == "Qwen/Qwen2-VL-2B-Instruct"
     run = Run(tmp_path, config=config)
     assert _about(run)["student"] == "…/models/qwen"
-    rows = [{"summary": "stopped: /home/somebody/models/qwen: no processor can be read"}]
+    rows = [{"summary": "stopped: /srv/somebody/models/qwen: no processor can be read"}]
     found = _without_places({"rows": rows}, config)["rows"][0]["summary"]
     assert found == "stopped: …/models/qwen: no processor can be read"
     assert settings_table({"output": "/run"}) == [("run", [("output", "…/run")])]
