@@ -6,6 +6,7 @@
 #include <array>
 
 #include "attention.h"
+#include "rotary_arguments.h"
 
 namespace clinkd {
 namespace {
@@ -14,31 +15,10 @@ using Place = std::array<int64_t, 4>;  // pointer; strides of batch, token and h
 
 Heads heads(const Place& p) { return {reinterpret_cast<void*>(p[0]), p[1], p[2], p[3]}; }
 
-// positions: their pointer and strides; tables: axis, hi, lo; shape: B, S, H, D
-RotaryArgs turned(const Place& x, const Place& positions, const std::array<uintptr_t, 3>& tables,
-                  const std::array<int64_t, 4>& shape, int pairs, int pair_stride, int type) {
-  RotaryArgs a;
-  a.x = reinterpret_cast<const void*>(x[0]);
-  a.out = nullptr;
-  a.positions = reinterpret_cast<const float*>(positions[0]);
-  a.axis = reinterpret_cast<const int32_t*>(tables[0]);
-  a.hi = reinterpret_cast<const float*>(tables[1]);
-  a.lo = reinterpret_cast<const float*>(tables[2]);
-  a.batch = shape[0], a.tokens = shape[1], a.heads = shape[2], a.head_dim = shape[3];
-  for (int i = 0; i < 3; ++i) {
-    a.x_stride[i] = x[i + 1];
-    a.out_stride[i] = 0;
-    a.positions_stride[i] = positions[i + 1];
-  }
-  a.pairs = pairs, a.pair_stride = pair_stride, a.inverse = 0, a.type = type;
-  return a;
-}
-
 }  // namespace
 
 void bind_attention(pybind11::module_& m) {
-  pybind11::class_<RotaryArgs>(m, "Turned")
-      .def(pybind11::init(&turned));
+  pybind11::class_<RotaryArgs>(m, "Turned").def(pybind11::init(&rotary_arguments));
   // places: values, output, lse; starts: of queries and keys, or 0
   pybind11::class_<AttentionArgs>(m, "Attention")
       .def(pybind11::init([](const RotaryArgs& q, const RotaryArgs& k,

@@ -3,41 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-
 #include "rotary_append.h"
+#include "rotary_arguments.h"
 
 namespace clinkd {
 namespace {
-
-using Strides = std::array<int64_t, 3>;
-
-RotaryArgs arguments(uintptr_t x, uintptr_t out, uintptr_t positions, uintptr_t axis, uintptr_t hi,
-                     uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& x_stride,
-                     const Strides& out_stride, const Strides& positions_stride, int pairs,
-                     int pair_stride, bool inverse, int type) {
-  RotaryArgs a;
-  a.x = reinterpret_cast<const void*>(x);
-  a.out = reinterpret_cast<void*>(out);
-  a.positions = reinterpret_cast<const float*>(positions);
-  a.axis = reinterpret_cast<const int32_t*>(axis);
-  a.hi = reinterpret_cast<const float*>(hi);
-  a.lo = reinterpret_cast<const float*>(lo);
-  a.batch = shape[0];
-  a.tokens = shape[1];
-  a.heads = shape[2];
-  a.head_dim = shape[3];
-  for (int i = 0; i < 3; ++i) {
-    a.x_stride[i] = x_stride[i];
-    a.out_stride[i] = out_stride[i];
-    a.positions_stride[i] = positions_stride[i];
-  }
-  a.pairs = pairs;
-  a.pair_stride = pair_stride;
-  a.inverse = inverse;
-  a.type = type;
-  return a;
-}
 
 // places: values, their cache, starts; strides: of both
 RotaryAppendArgs appending(const RotaryArgs& keys, const std::array<uintptr_t, 3>& places,
@@ -63,7 +33,7 @@ void bind_rotary(pybind11::module_& m) {
            uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& x_stride,
            const Strides& out_stride, const Strides& positions_stride, int pairs, int pair_stride,
            bool inverse, int type, int threads) {
-          const RotaryArgs a = arguments(x, out, positions, axis, hi, lo, shape, x_stride,
+          const RotaryArgs a = rotary_arguments(x, out, positions, axis, hi, lo, shape, x_stride,
                                          out_stride, positions_stride, pairs, pair_stride, inverse,
                                          type);
           pybind11::gil_scoped_release release;
@@ -76,7 +46,7 @@ void bind_rotary(pybind11::module_& m) {
            int pair_stride, const std::array<uintptr_t, 3>& places,
            const std::array<Strides, 2>& strides, int64_t slots, int type, int threads) {
           const RotaryArgs a =
-              arguments(keys, cache, positions, axis, hi, lo, shape, stride, cache_stride,
+              rotary_arguments(keys, cache, positions, axis, hi, lo, shape, stride, cache_stride,
                         positions_stride, pairs, pair_stride, false, type);
           pybind11::gil_scoped_release release;
           rotary_append_cpu(appending(a, places, strides, slots), threads);
@@ -87,7 +57,7 @@ void bind_rotary(pybind11::module_& m) {
            uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& x_stride,
            const Strides& out_stride, const Strides& positions_stride, int pairs, int pair_stride,
            bool inverse, int type, uintptr_t stream) {
-          return rotary_cuda(arguments(x, out, positions, axis, hi, lo, shape, x_stride,
+          return rotary_cuda(rotary_arguments(x, out, positions, axis, hi, lo, shape, x_stride,
                                        out_stride, positions_stride, pairs, pair_stride, inverse,
                                        type),
                              reinterpret_cast<void*>(stream));
@@ -99,7 +69,7 @@ void bind_rotary(pybind11::module_& m) {
            int pair_stride, const std::array<uintptr_t, 3>& places,
            const std::array<Strides, 2>& strides, int64_t slots, int type, uintptr_t stream) {
           const RotaryArgs a =
-              arguments(keys, cache, positions, axis, hi, lo, shape, stride, cache_stride,
+              rotary_arguments(keys, cache, positions, axis, hi, lo, shape, stride, cache_stride,
                         positions_stride, pairs, pair_stride, false, type);
           return rotary_append_cuda(appending(a, places, strides, slots),
                                     reinterpret_cast<void*>(stream));

@@ -13,8 +13,7 @@ from torch import Tensor
 from clinkd.ops import _attention_flash
 from clinkd.ops._impl import TYPES, built, extension
 from clinkd.ops._memory import large_pages
-from clinkd.ops.rotary import resolve_rotary, spec_tensors, turn, turn_inplace
-from clinkd.rotary import RotarySpec
+from clinkd.ops.rotary import native_arguments, resolve_rotary, turn, turn_inplace
 
 # for fewer queries of a sequence, times the heads that share a key, copying keys into panels is
 # not worth while, unless the keys are as few; of packed ones the mean counts
@@ -159,8 +158,10 @@ def _attention(
         sequences, starts = len(cu_seqlens) - 1, (cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr())
     batch, head, token = lse.stride() if lse.dim() == 3 else (0, *lse.stride())
     return extension().Attention(
-        _turned(q, positions, spec),
-        _turned(k, key_positions, spec),
+        _turned(q, positions, spec, False),
+        _turned(
+            k, positions if key_positions is None else key_positions, spec, key_positions is None
+        ),
         (_place(v), _place(out), (lse.data_ptr(), batch, token, head)),
         starts,
         sequences,
@@ -170,24 +171,8 @@ def _attention(
     )
 
 
-def _turned(x: Tensor, positions: Tensor | None, spec: int) -> Any:
-    """Queries or keys, and how they are turned; without positions they are so already."""
-    sizes = tuple(x.shape) if x.dim() == 4 else (1, *x.shape)
-    kind = TYPES[x.dtype]
-    if positions is None:
-        return extension().Turned(_place(x), (0, 0, 0, 0), (0, 0, 0), sizes, 0, 1, kind)
-    axis, batch, token = (
-        positions.stride()
-        if positions.dim() == 3
-        else (positions.stride(0), 0, positions.stride(1))
-    )
-    known = RotarySpec.known[spec]
-    return extension().Turned(
-        _place(x),
-        (positions.data_ptr(), axis, batch, token),
-        tuple(table.data_ptr() for table in spec_tensors(spec, x.device)),
-        sizes,
-        known.pairs,
-        known.pair_stride,
-        kind,
-    )
+def _turned(x: Tensor, positions: Tensor, spec: int, already: bool) -> Any:
+    """Queries or keys, and how they are turned, unless they are `already`."""
+    *given, pairs, pair_stride = native_arguments(x, x, positions, spec)
+    pairs = 0 if already else pairs
+    return extension().Turned(*given, pairs, pair_stride, False, TYPES[x.dtype])
