@@ -270,13 +270,14 @@ def open_cache(folder: RunFolder, records: Sequence[Record], processor: Any) -> 
     """The run's teacher cache for its settings, whole or not, to be read for `records`.
 
     Args:
-        records: of `cached_records`, all or some.
+        records: all that distillation learns from, or all of `cached_records`.
 
     Raises:
         DataError: what is there was made from something else.
     """
-    config, kept = folder.config, cached_records(folder)
-    made = config.distill.model_copy(update={"min_confidence": _cached_confidence(folder)})
+    config, least = folder.config, _cached_confidence(folder)
+    kept = records if least == config.distill.min_confidence else cached_records(folder)
+    made = config.distill.model_copy(update={"min_confidence": least})
     root = data_root(config.data)
     spec = cache_spec(made, config.model, kept, root, processor, folder.teacher)
     place = {record.id: index for index, record in enumerate(kept)}
