@@ -1,7 +1,9 @@
 """What the throughput benchmarks share: arguments, timing in turn, machine, lines and plot."""
 
 import argparse
+import ctypes
 import json
+import math
 import platform
 import statistics
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from clinkd.ops import release_memory
 
 Step = Callable[[], Any]
 Clock = Callable[[], float]  # runs a step once; milliseconds
@@ -88,7 +92,7 @@ def time_in_turn(
 
 
 def peak_mib(step: Step, device: torch.device) -> float:
-    """Most memory that a step adds. On the CPU: what torch's allocator was asked for at a time."""
+    """Most memory that a step adds. On the CPU: pages that the process has; NaN if not on Linux."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -96,17 +100,19 @@ def peak_mib(step: Step, device: torch.device) -> float:
         step()
         torch.cuda.synchronize()
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    held = peak = 0
-    for event in sorted(
-        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
-        key=lambda e: e.start_ns(),
-    ):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return round(peak / 2**20, 1)
+    if sys.platform != "linux":
+        return math.nan
+    release_memory()
+    ctypes.CDLL(None).malloc_trim(0)  # what others kept
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far is what there is now
+    before = _resident_kib("VmHWM")
+    step()
+    return round((_resident_kib("VmHWM") - before) / 2**10, 1)
+
+
+def _resident_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def save(rows: list[dict[str, Any]], folder: Path, name: str, x: str, label: str) -> None:

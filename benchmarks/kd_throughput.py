@@ -13,7 +13,6 @@ object a line, then a table; with `--output` also writes kd_throughput.jsonl and
 import importlib.util
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -241,7 +240,6 @@ def main() -> None:
             f"{r['op']:10}{r['rows']:>7}  {r['name']:22}{r['ms']:>11.2f}{r['x_clinkd']:>10.2f}"
             f"{r['peak_mib']:>11.0f}"
         )
-    print(f"largest resident set {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
     sys.stdout.flush()
     if args.output:
         save(results, args.output, "kd_throughput", "rows", "rows")

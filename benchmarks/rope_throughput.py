@@ -25,7 +25,16 @@ from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a file
-from benchmarks.common import Clock, Step, arguments, machine, save, time_in_turn, wall_clock
+from benchmarks.common import (
+    Clock,
+    Step,
+    arguments,
+    machine,
+    peak_mib,
+    save,
+    time_in_turn,
+    wall_clock,
+)
 
 SHAPES = {"Qwen2-VL-2B": (12, 2, 128), "Qwen2-VL-7B": (28, 4, 128)}  # query heads, key heads, D
 
@@ -99,16 +108,6 @@ def check(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> Non
     error = (found.double() - expected.double()).abs().max().item()
     if not error <= allowed:
         raise SystemExit(f"{name}: off by {error:.3g}, allowed {allowed:.3g}; not timed")
-
-
-def peak_mib(step: Step, device: torch.device) -> float | None:
-    """Most memory that one step adds; on the CPU it is not measured."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
 def bench_rotary(

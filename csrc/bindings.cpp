@@ -2,12 +2,14 @@
 
 #include <pybind11/pybind11.h>
 
-#include "large_pages.h"
+#include "kept_memory.h"
 #include "widest.h"
 
 #ifdef CLINKD_WITH_CUDA
 #include <cuda_runtime.h>
 #endif
+
+namespace py = pybind11;
 
 namespace clinkd {
 void bind_attention(pybind11::module_& m);
@@ -23,6 +25,14 @@ PYBIND11_MODULE(_C, m) {
   clinkd::bind_rotary(m);
   clinkd::bind_topk_kd(m);
   m.def("large_pages", clinkd::large_pages);
+#ifdef CLINKD_KEEPS_MEMORY
+  py::class_<clinkd::KeptMemory>(m, "KeptMemory", py::buffer_protocol())
+      .def(py::init<size_t>())
+      .def_buffer([](const clinkd::KeptMemory& memory) {
+        return py::buffer_info(memory.begin(), 1, "B", memory.bytes());
+      });
+  m.def("release_memory", clinkd::release_memory);
+#endif
   m.attr("vector_width") = clinkd::vector_width();
 
   m.attr("compiler") = __VERSION__;

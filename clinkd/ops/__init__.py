@@ -1,6 +1,7 @@
 """Fused ops for training and answering with vision-language models."""
 
 from clinkd.ops._kd_mean import KDLoss
+from clinkd.ops._memory import release_memory
 from clinkd.ops.kd_loss import kd_loss
 from clinkd.ops.linear_kd_loss import linear_kd_loss
 from clinkd.ops.linear_topk_kd_loss import linear_topk_kd_loss
@@ -16,6 +17,7 @@ __all__ = [
     "linear_kd_loss",
     "linear_topk_kd_loss",
     "prefix_decode_attention",
+    "release_memory",
     "rotary",
     "rotary_append",
     "rotary_attention",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clinkd.ops import _attention_flash
 from clinkd.ops._impl import TYPES, built, extension
-from clinkd.ops._memory import large_pages
+from clinkd.ops._memory import fresh_like
 from clinkd.ops.rotary import native_arguments, resolve_rotary, turn, turn_inplace
 
 # for fewer queries of a sequence, times the heads that share a key, copying keys into panels is
@@ -45,7 +45,7 @@ def forward(
         mask = causal, scale, cu_seqlens, cu_seqlens_k, window
         return _attention_flash.forward(q, k, v, lse, *mask), lse, *nothing
     q, k, v = (_side_by_side(t) for t in (q, k, v))
-    out = large_pages(q.new_empty(q.shape))
+    out = fresh_like(q)
     options = positions, key_positions, spec, causal, scale, cu_seqlens, cu_seqlens_k, window
     extension().attention_cpu(_attention(q, k, v, out, lse, *options), torch.get_num_threads())
     return out, lse, *nothing
@@ -78,7 +78,7 @@ def backward(
             turn_inplace(found[1], key_positions, spec, True, impl)
         return found
     q, k, v, out, grad = (_side_by_side(t) for t in (q, k, v, out, grad))
-    of_q, of_k, of_v = (large_pages(t.new_empty(t.shape)) for t in (q, k, v))
+    of_q, of_k, of_v = (fresh_like(t) for t in (q, k, v))
     options = positions, key_positions, spec, causal, scale, cu_seqlens, cu_seqlens_k, window
     extension().attention_backward_cpu(
         _attention(q, k, v, out, lse, *options),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clinkd.ops import _kd_loss_native as native
 from clinkd.ops._impl import built, extension, graph_is_kept, why_not_native, wrote
-from clinkd.ops._memory import large_pages
+from clinkd.ops._memory import fresh_like
 from clinkd.ops._operator import first_order
 
 SWITCH = "CLINKD_KD_CLUSTER"
@@ -82,7 +82,7 @@ def rows_with_gradient(
     """
     *numbers, impl = options
     if grad is None:
-        grad = large_pages(torch.empty(student.shape, dtype=student.dtype, device=student.device))
+        grad = fresh_like(student)
     ce, kd, statistics = native.empty_rows(student)
     native.launch(KERNELS[impl], impl, student, teacher, labels, statistics, numbers,
                   sums=(ce, kd), factors=(ce_factor, kd_factor), grad=grad)  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._impl import run_native
-from clinkd.ops._memory import large_pages
+from clinkd.ops._memory import fresh_like
 from clinkd.ops._operator import Operator
 from clinkd.ops.reference.kd_loss import DIVERGENCES
 
@@ -72,7 +72,7 @@ def rows_backward(
 ) -> Tensor:
     *numbers, impl = options
     student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
-    grad = large_pages(torch.empty(student.shape, dtype=student.dtype, device=student.device))
+    grad = fresh_like(student)
     launch("gradient", impl, student, teacher, labels, statistics, numbers,
             factors=(ce_factor, kd_factor), grad=grad)  # fmt: skip
     return grad

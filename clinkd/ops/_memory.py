@@ -1,6 +1,9 @@
-"""Fresh memory of the CPU: its page faults can take longer than a kernel."""
+"""Memory of the CPU: page faults of fresh memory can take longer than a kernel."""
 
 import contextlib
+import math
+import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,10 +13,55 @@ from torch import Tensor
 
 from clinkd.ops._impl import built, extension
 
-LEAST_BYTES = 4 << 20  # of a tensor for which it is worth asking
+LEAST_BYTES = 4 << 20  # of a tensor for which large pages are worth asking for
+# of one whose memory is kept: glibc's malloc gives anything larger back to the system
+LEAST_KEPT = 32 << 20
+SWITCH = "CLINKD_KEEP_MEMORY"
 # driver by which the host of a virtual machine takes memory and gives it back
 _BALLOON = Path("/sys/bus/virtio/drivers/virtio_balloon")
 _REPORTING = 5  # virtio 1.2, 5.5.3: the guest tells its host which pages are free
+
+
+def fresh(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a tensor on the device of another one, side by side; nobody has written it yet.
+
+    On the CPU that of 32 MiB and more is kept when the tensor is gone and used again, so that the
+    system need not clear it again; it may take the pages meanwhile (MADV_FREE of Linux).
+
+    Args:
+        dtype: default: the other one's.
+    """
+    dtype = dtype or like.dtype
+    if not like.is_cpu or torch.compiler.is_compiling():
+        return like.new_empty(shape, dtype=dtype)
+    bytes = math.prod(shape) * dtype.itemsize
+    if bytes < LEAST_KEPT or not _is_kept():
+        return large_pages(like.new_empty(shape, dtype=dtype))
+    memory = torch.frombuffer(extension().KeptMemory(bytes), dtype=dtype).untyped_storage()
+    return torch.empty(0, dtype=dtype, device="cpu").set_(memory).resize_(tuple(shape))
+
+
+def fresh_like(tensor: Tensor) -> Tensor:
+    """The same of a tensor's shape and type."""
+    bytes = tensor.nbytes
+    if bytes >= LEAST_KEPT:
+        return fresh(tensor.shape, tensor)
+    found = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return found if bytes < LEAST_BYTES else large_pages(found)  # a call of a small one is Python
+
+
+@lru_cache(maxsize=1)
+def _is_kept() -> bool:
+    return built("KeptMemory") and os.environ.get(SWITCH) != "0"
+
+
+def release_memory() -> None:
+    """Give the system the memory of the CPU that is kept and not in use, see `fresh`.
+
+    It takes the pages itself when it is short of them; until then they count as the process's.
+    """
+    if built("KeptMemory"):
+        extension().release_memory()
 
 
 def large_pages(tensor: Tensor) -> Tensor:
@@ -25,9 +73,8 @@ def large_pages(tensor: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return tensor
-    bytes = tensor.numel() * tensor.element_size()
-    if tensor.device.type == "cpu" and bytes >= LEAST_BYTES and _are_worth_asking():
-        extension().large_pages(tensor.data_ptr(), bytes)
+    if tensor.is_cpu and tensor.nbytes >= LEAST_BYTES and _are_worth_asking():
+        extension().large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
 
@@ -46,7 +93,7 @@ def host_takes_free_pages(balloon: Path = _BALLOON) -> bool:
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` without gradient; on the CPU its result asks for large pages.
+    """`F.linear` without gradient; on the CPU its result is `fresh` memory.
 
     Args:
         hidden: [N, C].
@@ -56,7 +103,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     given = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     if hidden.device.type != "cpu" or given:  # `out` neither follows the one nor helps the other
         return F.linear(hidden, weight, bias)
-    out = large_pages(hidden.new_empty(len(hidden), len(weight)))
+    out = fresh((len(hidden), len(weight)), hidden)
     if bias is None:
         return torch.mm(hidden, weight.T, out=out)
     return torch.addmm(bias, hidden, weight.T, out=out)

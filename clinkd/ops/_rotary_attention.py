@@ -6,7 +6,6 @@ from torch import Tensor
 
 from clinkd.ops import _attention_cpu, _attention_triton
 from clinkd.ops._operator import Operator
-from clinkd.ops.rotary import empty_turned
 
 _IMPLS = {"cpu": _attention_cpu, "triton": _attention_triton}
 
@@ -33,8 +32,8 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     if impl == "triton":
         lse = lse.contiguous()
     keep = keep and impl == "triton"
-    q_turned = empty_turned(q) if keep else q.new_empty(0)
-    k_turned = empty_turned(k) if keep and options[1] is not None else k.new_empty(0)
+    q_turned = q.new_empty(q.shape) if keep else q.new_empty(0)
+    k_turned = k.new_empty(k.shape) if keep and options[1] is not None else k.new_empty(0)
     return q.new_empty(q.shape), lse, q_turned, k_turned
 
 

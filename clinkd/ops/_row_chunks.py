@@ -10,7 +10,7 @@ from torch import Tensor
 from clinkd.ops._impl import graph_is_kept
 from clinkd.ops._kd_at_once import scale_in_place
 from clinkd.ops._kd_mean import has_gradient
-from clinkd.ops._memory import large_pages, linear
+from clinkd.ops._memory import fresh, linear
 from clinkd.ops._operator import first_order
 from clinkd.ops._vocab_parallel import group_named
 
@@ -92,7 +92,7 @@ def row_chunks(
         compute,
     )
     grads = [
-        large_pages(torch.empty_like(tensor, dtype=dtype)) if need and tensor is not None else None
+        fresh(tensor.shape, tensor, dtype) if need and tensor is not None else None
         for tensor, need, dtype in zip(inputs, needs, widths, strict=True)
     ]
     unwritten = 0 if len(hidden) == 0 else len(weight[:vocab_size])

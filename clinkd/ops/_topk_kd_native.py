@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._impl import run_native
-from clinkd.ops._memory import large_pages
+from clinkd.ops._memory import fresh_like
 from clinkd.ops._operator import Operator
 from clinkd.ops.reference.topk_kd_loss import NOTHING
 
@@ -78,7 +78,7 @@ def _rows_backward(
     *options: Any,
 ) -> Tensor:
     student = student if student.stride(1) == 1 else student.contiguous()
-    grad = large_pages(torch.empty(student.shape, dtype=student.dtype, device=student.device))
+    grad = fresh_like(student)
     factors = (top_factor, tail_factor, soft_factor, picked_factor)
     _launch("gradient", student, ids, labels, statistics, options, factors, grad)
     return grad

@@ -10,7 +10,7 @@ from torch import Tensor
 from clinkd.ops._checks import Form, check_float
 from clinkd.ops._finite import check_finite
 from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native, wrote
-from clinkd.ops._memory import large_pages
+from clinkd.ops._memory import fresh_like
 from clinkd.ops._operator import Operator, is_traced, is_watched
 from clinkd.ops.reference.rotary import rotary as reference_rotary
 from clinkd.rotary import RotarySpec
@@ -59,7 +59,7 @@ def rotary(
         spec.key,
         impl,
     )
-    check_numbers("positions", positions)
+    check_numbers("positions", positions, watched)
     if not inplace:
         run = _ROTARY if watched else _ROTARY.unwatched
         out: Tensor = run(x, positions, spec.key, inverse, impl)
@@ -143,9 +143,9 @@ def check_positions(
         raise ValueError(f"{name} must be on {device}, got {positions.device}")
 
 
-def check_numbers(name: str, positions: Tensor) -> None:
-    """Raise where a position is not finite, see `rotary`."""
-    if (positions.is_cpu or positions.is_cuda) and not is_traced(positions):
+def check_numbers(name: str, positions: Tensor, watched: bool = True) -> None:
+    """Raise where a position is not finite, see `rotary`; `watched`: as `is_watched` says."""
+    if (positions.is_cpu or positions.is_cuda) and not (watched and is_traced(positions)):
         check_finite(name, positions)
 
 
@@ -200,13 +200,6 @@ def _launch(x: Tensor, out: Tensor, positions: Tensor, spec: int, inverse: bool,
     run_native("rotary", impl, x, *native_arguments(x, out, positions, spec), inverse)
 
 
-def empty_turned(x: Tensor, heads_first: bool = False) -> Tensor:
-    """Memory for x turned, see `turn`."""
-    if heads_first:
-        return x.new_empty(x.transpose(-3, -2).shape).transpose(-3, -2)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def turn(
     x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str, heads_first: bool = False
 ) -> Tensor:
@@ -214,10 +207,9 @@ def turn(
 
     `heads_first`: the tokens of a head lie side by side there, instead of the heads of a token.
     """
+    out = fresh_like(x.transpose(-3, -2)).transpose(-3, -2) if heads_first else fresh_like(x)
     if impl == "reference":
-        found = reference_rotary(x, positions, RotarySpec.known[spec], inverse=inverse)
-        return empty_turned(x, True).copy_(found) if heads_first else found.contiguous()
-    out = large_pages(empty_turned(x, heads_first))
+        return out.copy_(reference_rotary(x, positions, RotarySpec.known[spec], inverse=inverse))
     if x.stride(-1) != 1:
         x = x.contiguous()
     if x.numel() > 0:
@@ -235,7 +227,7 @@ def turn_inplace(x: Tensor, positions: Tensor, spec: int, inverse: bool, impl: s
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:
-    return empty_turned(x)
+    return x.new_empty(x.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

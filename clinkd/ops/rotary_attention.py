@@ -73,9 +73,9 @@ def rotary_attention(
     watched = is_watched(*tensors)
     fit: Callable[..., str] = _fit if watched else _fit_once
     impl = fit(*[form(tensor) for tensor in tensors], spec.key, turned_keys, impl)
-    check_numbers("positions", positions)
+    check_numbers("positions", positions, watched)
     if key_positions is not None:
-        check_numbers("key_positions", key_positions)
+        check_numbers("key_positions", key_positions, watched)
     if cu_seqlens is not None:
         _check_starts("cu_seqlens", cu_seqlens, q)
         cu_seqlens = cu_seqlens.contiguous()

@@ -1,25 +1,29 @@
-"""Fresh memory in large pages: a request that changes no number."""
+"""Memory of the CPU: large pages, a request that changes no number, and what is kept."""
 
+import gc
 import re
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clinkd.ops import _memory
+from clinkd.ops import _memory, release_memory
+from clinkd.ops._memory import fresh
 
 
-def flags_of(place):
-    """What /proc/self/smaps says of the mapping that holds an address."""
-    found = None
+def mapping_of(place):
+    """What /proc/self/smaps says of the mapping that holds an address, in KiB or flags."""
+    found, lines = False, {}
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             begin, end = (int(bound, 16) for bound in bounds.groups())
             found = begin <= place < end
-        elif found and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    return []
+        elif found:
+            name, _, values = line.partition(":")
+            lines[name] = values.split()
+    return lines
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc/self/smaps")
@@ -29,9 +33,141 @@ def test_large_tensors_ask_for_large_pages(monkeypatch):
     monkeypatch.setattr(_memory, "_are_worth_asking", lambda: True)
     large = torch.empty(16 << 20, dtype=torch.uint8)
     assert _memory.large_pages(large) is large
-    assert "hg" in flags_of(large.data_ptr() + (8 << 20))
+    assert "hg" in mapping_of(large.data_ptr() + (8 << 20))["VmFlags"]
     empty = torch.empty(0)
     assert _memory.large_pages(empty) is empty
+
+
+@pytest.fixture
+def kept():
+    """Nothing idle before and after."""
+    if not _memory.built("KeptMemory"):
+        pytest.skip("clinkd._C is not built, or the system cannot take kept pages back")
+    release_memory()
+    yield
+    release_memory()
+
+
+LARGE = (9, 1 << 20)  # float32: more than the least that is kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_memory_is_used_again(kept, dtype):
+    like = torch.empty(0, dtype=dtype)
+    first = fresh(LARGE, like, torch.float32)
+    assert first.shape == LARGE
+    assert first.is_contiguous()
+    assert first._base is None
+    assert first.untyped_storage().nbytes() == first.numel() * 4
+    place = first.data_ptr()
+    assert place % (2 << 20) == 0
+    first.fill_(7)
+    second = fresh(LARGE, like, torch.float32)
+    assert second.data_ptr() != place
+    part = first[3:]
+    del first
+    assert fresh(LARGE, like, torch.float32).data_ptr() != place  # a part is still in use
+    assert (part == 7).all()
+    del part
+    third = fresh((LARGE[0] * 4, LARGE[1]), like, torch.uint8)  # another type of as many bytes
+    assert third.data_ptr() == place
+    assert fresh(LARGE, like).dtype == dtype
+
+
+def test_small_and_much_larger_blocks(kept):
+    like = torch.empty(0)
+    small = fresh((1000,), like)
+    assert small.shape == (1000,)
+    large = fresh((64, 1 << 20), like)
+    place = large.data_ptr()
+    del large
+    assert fresh((9, 1 << 20), like).data_ptr() != place  # seven times as much as is needed
+    assert fresh((62, 1 << 20), like).data_ptr() == place  # a little less
+    release_memory()
+    assert kib(place) == 0
+
+
+def kib(place, name="Rss"):
+    """Pages that the mapping of an address has; 0 where there is none."""
+    return int(mapping_of(place).get(name, ["0"])[0])
+
+
+def test_the_system_may_take_what_is_idle(kept):
+    memory = fresh((16, 1 << 20), torch.empty(0)).fill_(1)
+    place = memory.data_ptr()
+    assert kib(place) >= 64 << 10
+    assert kib(place, "LazyFree") == 0
+    del memory
+    assert kib(place, "LazyFree") > 0
+
+
+def test_only_the_last_blocks_are_kept(kept):
+    like = torch.empty(0)
+    blocks = [fresh(LARGE, like).fill_(1) for _ in range(10)]
+    places = [block.data_ptr() for block in blocks]
+    for _ in range(10):
+        blocks.pop(0)
+    assert [kib(place) > 0 for place in places] == [False] * 2 + [True] * 8
+
+
+def test_threads_give_memory_back(kept):
+    like = torch.empty(0)
+    wrong = []
+
+    def work(number):
+        for _ in range(50):
+            memory = fresh((2, 8 << 20), like)
+            memory[:, ::4096] = number
+            wrong.extend(memory[:, ::4096].ne(number).nonzero().tolist())
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_gradient_in_kept_memory(kept):
+    """Autograd takes it as the leaf's gradient without a copy, and it goes back with it."""
+    weight = torch.zeros(LARGE, requires_grad=True)
+
+    class Filled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            memory = fresh(LARGE, grad).fill_(3)
+            places.append(memory.data_ptr())
+            return memory
+
+    places = []
+    for _ in range(2):
+        Filled.apply(weight).backward()
+        assert weight.grad.data_ptr() == places[-1]
+        assert (weight.grad == 3).all()
+        weight.grad = None
+        gc.collect()
+    assert places[0] == places[1]
+
+
+def test_keeping_can_be_turned_off(kept, monkeypatch):
+    monkeypatch.setenv(_memory.SWITCH, "0")
+    _memory._is_kept.cache_clear()
+    monkeypatch.setattr(_memory, "extension", lambda: pytest.fail("memory was kept"))
+    monkeypatch.setattr(_memory, "_are_worth_asking", lambda: False)
+    try:
+        assert fresh(LARGE, torch.empty(0)).shape == LARGE
+    finally:
+        monkeypatch.undo()
+        _memory._is_kept.cache_clear()
+
+
+def test_more_than_there_is(kept):
+    with pytest.raises(MemoryError):
+        fresh((1 << 50,), torch.empty(0))
 
 
 @pytest.mark.parametrize(
