@@ -207,9 +207,21 @@ def test_nothing_is_asked_of_such_a_host(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_linear_is_torchs(dtype, biased):
-    hidden, weight = torch.randn(7, 64).to(dtype), torch.randn(900, 64).to(dtype)
+    hidden, weight = torch.randn(_memory.NARROW + 1, 64).to(dtype), torch.randn(900, 64).to(dtype)
     bias = torch.randn(900).to(dtype) if biased else None
     assert torch.equal(_memory.linear(hidden, weight, bias), F.linear(hidden, weight, bias))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, _memory.NARROW])
+def test_linear_of_few_rows(rows, biased, swapped, monkeypatch):
+    monkeypatch.setattr(_memory, "_is_mkl_on_avx2", lambda: swapped)
+    hidden, weight = torch.randn(rows, 64), torch.randn(900, 70)[:, :64]
+    bias = torch.randn(900) if biased else None
+    found = _memory.linear(hidden, weight, bias)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, F.linear(hidden, weight, bias), rtol=1e-5, atol=1e-5)
 
 
 def test_linear_follows_autocast():
