@@ -136,5 +136,20 @@ def _read(path: Path) -> dict[str, Any]:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    whole = isinstance(found, dict) and isinstance(found.get("files"), dict)
-    return found if whole else {}
+    return found if _is_table(found) else {}
+
+
+def _is_table(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
+        return False
+    splits = (found[split] for split in ("train", "test") if split in found)
+    return all(_is_mark(mark) for mark in found["files"].values()) and all(
+        isinstance(split, dict)
+        and isinstance(split.get("names"), list)
+        and all(isinstance(name, str) for name in split["names"])
+        for split in splits
+    )
+
+
+def _is_mark(mark: Any) -> bool:
+    return mark is None or (isinstance(mark, list) and [type(x) for x in mark] == [int, int, str])

@@ -1,6 +1,7 @@
 """Data are known by what they are: not by where they lie, by the clock, or by their names alone."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -116,6 +117,27 @@ def test_images_that_are_not_there_are_not_others(start):
     (Path("run") / inputs.TABLE).write_text('{"files": 1}')
     with pytest.raises(ConfigError, match="from other data"):
         start()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"files": 1},
+        {"files": {"images/test1.bmp": 3}},
+        {"files": {"images/test1.bmp": [3, "then", "hash"]}},
+        {"files": {"images/test1.bmp": []}},
+        {"files": {}, "train": []},
+        {"files": {}, "test": {"of": 1}},
+        {"files": {}, "test": {"of": 1, "names": [2]}},
+    ],
+)
+def test_a_damaged_table_is_made_anew(start, damage):
+    start()
+    table = Path("run") / inputs.TABLE
+    whole = table.read_text()
+    table.write_text(json.dumps(json.loads(whole) | damage))
+    assert start() == []
+    assert table.read_text() == whole
 
 
 def test_what_else_is_a_path_becomes_whole_and_names_stay(tmp_path, monkeypatch):
