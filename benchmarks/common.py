@@ -92,7 +92,10 @@ def time_in_turn(
 
 
 def peak_mib(step: Step, device: torch.device) -> float:
-    """Most memory that a step adds. On the CPU: pages that the process has; NaN if not on Linux."""
+    """Most memory that a step adds. On the CPU: pages that the process has, as Linux tells, or NaN.
+
+    The first step of its kind may take more, for libraries' code and buffers.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -100,11 +103,12 @@ def peak_mib(step: Step, device: torch.device) -> float:
         step()
         torch.cuda.synchronize()
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    if sys.platform != "linux":
-        return math.nan
     release_memory()
-    ctypes.CDLL(None).malloc_trim(0)  # what others kept
-    Path("/proc/self/clear_refs").write_text("5")  # the most so far is what there is now
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what others kept
+        Path("/proc/self/clear_refs").write_text("5")  # the most so far is what there is now
+    except (OSError, AttributeError):
+        return math.nan
     before = _resident_kib("VmHWM")
     step()
     return round((_resident_kib("VmHWM") - before) / 2**10, 1)

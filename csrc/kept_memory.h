@@ -25,19 +25,29 @@ constexpr size_t kMostIdle = 8;  // blocks that nobody uses, the last ones given
 // Callers hold Python's lock, which also guards the list; it is never destroyed, for tensors may
 // outlive it at the end of a process.
 inline std::vector<Block>& idle_blocks() {
-  static auto* blocks = new std::vector<Block>;
+  static auto* blocks = [] {
+    auto* made = new std::vector<Block>;
+    made->reserve(kMostIdle + 1);  // so that giving back needs no memory
+    return made;
+  }();
   return *blocks;
+}
+
+inline void release_memory() {
+  for (const Block& block : idle_blocks()) munmap(block.begin, block.bytes);
+  idle_blocks().clear();
 }
 
 // Sizes that differ little share a block: up to an eighth more than asked for, in large pages.
 inline size_t rounded_up(size_t bytes) {
   size_t step = kLargePage;
-  while (step * 16 <= bytes) step *= 2;
+  while (step <= bytes / 16) step *= 2;
   return (bytes + step - 1) / step * step;
 }
 
 // A block of at least so many bytes, and fewer than twice as many if it was used before.
 inline Block take_block(size_t bytes) {
+  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
   auto& idle = idle_blocks();
   const size_t wanted = rounded_up(bytes);
   auto best = idle.end();
@@ -50,14 +60,21 @@ inline Block take_block(size_t bytes) {
     idle.erase(best);
     return found;
   }
-  // one large page more, to begin at one
-  void* const place = mmap(nullptr, wanted + kLargePage, PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const auto map = [&] {  // one large page more, to begin at one
+    return mmap(nullptr, wanted + kLargePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                -1, 0);
+  };
+  void* place = map();
+  if (place == MAP_FAILED) {
+    release_memory();
+    place = map();
+  }
   if (place == MAP_FAILED) throw std::bad_alloc();
   char* const mapped = static_cast<char*>(place);
   const size_t before = -reinterpret_cast<uintptr_t>(mapped) % kLargePage;
   if (before > 0) munmap(mapped, before);
   munmap(mapped + before + wanted, kLargePage - before);
+  // whatever a host does with free large pages: these are not free while they are kept
   large_pages(reinterpret_cast<uintptr_t>(mapped + before), wanted);
   return {mapped + before, wanted};
 }
@@ -74,11 +91,6 @@ inline void give_block(const Block& block) {
     munmap(idle.front().begin, idle.front().bytes);
     idle.erase(idle.begin());
   }
-}
-
-inline void release_memory() {
-  for (const Block& block : idle_blocks()) munmap(block.begin, block.bytes);
-  idle_blocks().clear();
 }
 
 // What a tensor's storage holds on to: bytes of a block, which goes back when this does.

@@ -23,13 +23,16 @@ def free_port():
 
 @pytest.fixture
 def empty_is_nan(monkeypatch):
-    """`torch.empty` gives NaN, so that an output that no kernel wrote is seen."""
+    """Memory that nobody has written holds NaN, so that an output that no kernel wrote is seen."""
     import torch
 
-    empty = torch.empty
+    def poisoned(empty):
+        def run(*args, **kwargs):
+            out = empty(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
 
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
+        return run
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    monkeypatch.setattr("clinkd.ops._memory._is_kept", lambda: False)

@@ -92,7 +92,7 @@ def row_chunks(
         compute,
     )
     grads = [
-        fresh(tensor.shape, tensor, dtype) if need and tensor is not None else None
+        _memory_for(tensor, dtype) if need and tensor is not None else None
         for tensor, need, dtype in zip(inputs, needs, widths, strict=True)
     ]
     unwritten = 0 if len(hidden) == 0 else len(weight[:vocab_size])
@@ -127,6 +127,13 @@ def row_chunks(
         for grad, tensor, stays in zip(grads, inputs, (False, wide, wide), strict=True)
     ]
     return (parts[0] + kd_weight * parts[1]) / (1 + kd_weight), parts, found_grads
+
+
+def _memory_for(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a gradient, which autograd wants to lie as its tensor does."""
+    if tensor.is_contiguous():
+        return fresh(tensor.shape, tensor, dtype)
+    return torch.empty_like(tensor, dtype=dtype)
 
 
 class RowChunks(torch.autograd.Function):

@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The table of the last start; an empty one where there is none, or it is damaged."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if _is_table(found) else {}
 

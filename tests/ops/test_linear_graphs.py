@@ -184,6 +184,22 @@ def test_the_operator_follows_the_rules(learns, dtype):
 
 
 @ignore_grad
+@pytest.mark.parametrize("labelled", ["all", "some"])
+def test_gradients_lie_as_their_tensors(labelled):
+    """As autograd wants them, and as the operator says in a graph."""
+    learns = [True] * 3
+    leaves, teacher, labels, factor = learning(learns)
+    if labelled == "all":
+        labels = labels.clamp(min=0)
+    leaves[:2] = [leaf.detach().T.contiguous().T.requires_grad_() for leaf in leaves[:2]]
+    arguments = (*leaves, learns, labels, factor, 0.5, -100, 5, 101, "")
+    arguments = (*arguments, *teacher, 2.0, 0, 0.1, 0.0, DEVICE)
+    gradients = LINEAR_KD.operator(*arguments)[2:]
+    assert [g.stride() for g in gradients] == [leaf.stride() for leaf in leaves]
+    torch.library.opcheck(LINEAR_KD.operator._registered, arguments)
+
+
+@ignore_grad
 @pytest.mark.parametrize("learns", LEARNS, ids=str)
 def test_the_operator_of_a_file_follows_the_rules(learns):
     leaves, (hidden, head, _), labels, factor = learning(learns)

@@ -2,6 +2,7 @@
 
 import gc
 import re
+import resource
 import threading
 from pathlib import Path
 
@@ -165,9 +166,29 @@ def test_keeping_can_be_turned_off(kept, monkeypatch):
         _memory._is_kept.cache_clear()
 
 
-def test_more_than_there_is(kept):
+@pytest.mark.parametrize("elements", [1 << 50, 1 << 60])
+def test_more_than_there_is(kept, elements):
     with pytest.raises(MemoryError):
-        fresh((1 << 50,), torch.empty(0))
+        fresh((elements,), torch.empty(0))
+
+
+@pytest.mark.parametrize("bytes", [1 << 63, (1 << 64) - 1])
+def test_sizes_that_would_wrap_around(kept, bytes):
+    with pytest.raises(MemoryError):
+        _memory.extension().KeptMemory(bytes)
+
+
+def test_idle_memory_is_given_back_before_there_is_none(kept):
+    like = torch.empty(0)
+    blocks = [fresh((64, 1 << 20), like) for _ in range(4)]  # 1 GiB
+    del blocks
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), before[1]))
+    try:
+        assert fresh((192, 1 << 20), like).shape == (192, 1 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.parametrize(
@@ -215,13 +236,18 @@ def test_linear_is_torchs(dtype, biased):
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, _memory.NARROW])
-def test_linear_of_few_rows(rows, biased, swapped, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_linear_of_few_rows(dtype, rows, biased, swapped, monkeypatch):
     monkeypatch.setattr(_memory, "_is_mkl_on_avx2", lambda: swapped)
-    hidden, weight = torch.randn(rows, 64), torch.randn(900, 70)[:, :64]
-    bias = torch.randn(900) if biased else None
+    hidden, weight = torch.randn(rows, 64).to(dtype), torch.randn(900, 70).to(dtype)[:, :64]
+    bias = torch.randn(900).to(dtype) if biased else None
     found = _memory.linear(hidden, weight, bias)
     assert found.is_contiguous()
-    torch.testing.assert_close(found, F.linear(hidden, weight, bias), rtol=1e-5, atol=1e-5)
+    expected = F.linear(hidden, weight, bias)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(found, expected)
 
 
 def test_linear_follows_autocast():

@@ -122,20 +122,21 @@ def test_images_that_are_not_there_are_not_others(start):
 @pytest.mark.parametrize(
     "damage",
     [
-        {"files": 1},
         {"files": {"images/test1.bmp": 3}},
-        {"files": {"images/test1.bmp": [3, "then", "hash"]}},
         {"files": {"images/test1.bmp": []}},
-        {"files": {}, "train": []},
-        {"files": {}, "test": {"of": 1}},
-        {"files": {}, "test": {"of": 1, "names": [2]}},
+        {"train": []},
+        {"test": {"names": None}},
+        {"test": {"names": [2]}},
     ],
 )
 def test_a_damaged_table_is_made_anew(start, damage):
     start()
     table = Path("run") / inputs.TABLE
     whole = table.read_text()
-    table.write_text(json.dumps(json.loads(whole) | damage))
+    damaged = json.loads(whole)
+    for name, value in damage.items():
+        damaged[name] = damaged[name] | value if isinstance(value, dict) else value
+    table.write_text(json.dumps(damaged))
     assert start() == []
     assert table.read_text() == whole
 
