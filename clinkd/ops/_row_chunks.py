@@ -10,7 +10,7 @@ from torch import Tensor
 from clinkd.ops._impl import graph_is_kept
 from clinkd.ops._kd_at_once import scale_in_place
 from clinkd.ops._kd_mean import has_gradient
-from clinkd.ops._memory import fresh, linear
+from clinkd.ops._memory import fresh, large_pages, linear
 from clinkd.ops._operator import first_order
 from clinkd.ops._vocab_parallel import group_named
 
@@ -133,7 +133,7 @@ def _memory_for(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for a gradient, which autograd wants to lie as its tensor does."""
     if tensor.is_contiguous():
         return fresh(tensor.shape, tensor, dtype)
-    return torch.empty_like(tensor, dtype=dtype)
+    return large_pages(torch.empty_like(tensor, dtype=dtype))
 
 
 class RowChunks(torch.autograd.Function):
