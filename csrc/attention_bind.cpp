@@ -13,20 +13,31 @@ namespace {
 
 using Place = std::array<int64_t, 4>;  // pointer; strides of batch, token and head
 
+// Queries or keys, and how they are turned.
+struct Turned {
+  RotaryArgs args;
+};
+
 Heads heads(const Place& p) { return {reinterpret_cast<void*>(p[0]), p[1], p[2], p[3]}; }
 
 }  // namespace
 
 void bind_attention(pybind11::module_& m) {
-  pybind11::class_<RotaryArgs>(m, "Turned").def(pybind11::init(&rotary_arguments));
+  pybind11::class_<Turned>(m, "Turned")
+      .def(pybind11::init([](uintptr_t x, uintptr_t positions, const RotaryArgs& how, bool already,
+                             int type) {
+        Turned turned = {placed(how, x, x, positions, false, type)};
+        if (already) turned.args.pairs = 0;
+        return turned;
+      }));
   // places: values, output, lse; starts: of queries and keys, or 0
   pybind11::class_<AttentionArgs>(m, "Attention")
-      .def(pybind11::init([](const RotaryArgs& q, const RotaryArgs& k,
+      .def(pybind11::init([](const Turned& q, const Turned& k,
                              const std::array<Place, 3>& places,
                              const std::array<uintptr_t, 2>& starts, int64_t sequences, bool causal,
                              int64_t window, float scale) {
         AttentionArgs a;
-        a.q = q, a.k = k;
+        a.q = q.args, a.k = k.args;
         a.v = heads(places[0]), a.out = heads(places[1]);
         a.lse = reinterpret_cast<float*>(places[2][0]);
         a.lse_batch = places[2][1], a.lse_token = places[2][2], a.lse_head = places[2][3];

@@ -1,4 +1,5 @@
-// What Python gives of a rotation: pointers, sizes and strides as integers.
+// What Python gives of a rotation: sizes, strides and pairs once for all tensors of one form, for
+// each number that comes from Python costs as much as turning a few tokens; places with each call.
 #pragma once
 
 #include <array>
@@ -10,18 +11,15 @@ namespace clinkd {
 
 using Strides = std::array<int64_t, 3>;
 
-inline RotaryArgs rotary_arguments(uintptr_t x, uintptr_t out, uintptr_t positions, uintptr_t axis,
-                                   uintptr_t hi, uintptr_t lo, const std::array<int64_t, 4>& shape,
-                                   const Strides& x_stride, const Strides& out_stride,
-                                   const Strides& positions_stride, int pairs, int pair_stride,
-                                   bool inverse, int type) {
-  RotaryArgs a;
-  a.x = reinterpret_cast<const void*>(x);
-  a.out = reinterpret_cast<void*>(out);
-  a.positions = reinterpret_cast<const float*>(positions);
-  a.axis = reinterpret_cast<const int32_t*>(axis);
-  a.hi = reinterpret_cast<const float*>(hi);
-  a.lo = reinterpret_cast<const float*>(lo);
+// tables: axis, hi and lo; without places
+inline RotaryArgs rotation(const std::array<uintptr_t, 3>& tables,
+                           const std::array<int64_t, 4>& shape, const Strides& x_stride,
+                           const Strides& out_stride, const Strides& positions_stride, int pairs,
+                           int pair_stride) {
+  RotaryArgs a = {};
+  a.axis = reinterpret_cast<const int32_t*>(tables[0]);
+  a.hi = reinterpret_cast<const float*>(tables[1]);
+  a.lo = reinterpret_cast<const float*>(tables[2]);
   a.batch = shape[0];
   a.tokens = shape[1];
   a.heads = shape[2];
@@ -33,9 +31,18 @@ inline RotaryArgs rotary_arguments(uintptr_t x, uintptr_t out, uintptr_t positio
   }
   a.pairs = pairs;
   a.pair_stride = pair_stride;
-  a.inverse = inverse;
-  a.type = type;
   return a;
+}
+
+// The same rotation of these tensors.
+inline RotaryArgs placed(RotaryArgs rotation, uintptr_t x, uintptr_t out, uintptr_t positions,
+                         bool inverse, int type) {
+  rotation.x = reinterpret_cast<const void*>(x);
+  rotation.out = reinterpret_cast<void*>(out);
+  rotation.positions = reinterpret_cast<const float*>(positions);
+  rotation.inverse = inverse;
+  rotation.type = type;
+  return rotation;
 }
 
 }  // namespace clinkd

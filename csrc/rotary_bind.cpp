@@ -28,49 +28,38 @@ RotaryAppendArgs appending(const RotaryArgs& keys, const std::array<uintptr_t, 3
 }  // namespace
 
 void bind_rotary(pybind11::module_& m) {
-  m.def("rotary_cpu",
-        [](uintptr_t x, uintptr_t out, uintptr_t positions, uintptr_t axis, uintptr_t hi,
-           uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& x_stride,
-           const Strides& out_stride, const Strides& positions_stride, int pairs, int pair_stride,
-           bool inverse, int type, int threads) {
-          const RotaryArgs a = rotary_arguments(x, out, positions, axis, hi, lo, shape, x_stride,
-                                         out_stride, positions_stride, pairs, pair_stride, inverse,
-                                         type);
-          pybind11::gil_scoped_release release;
-          rotary_cpu(a, threads);
-        });
+  pybind11::class_<RotaryArgs>(m, "Rotation")
+      .def(pybind11::init(&rotation))
+      .def_property_readonly("tables", [](const RotaryArgs& a) {
+        return std::array<uintptr_t, 3>{reinterpret_cast<uintptr_t>(a.axis),
+                                        reinterpret_cast<uintptr_t>(a.hi),
+                                        reinterpret_cast<uintptr_t>(a.lo)};
+      });
+  m.def("rotary_cpu", [](uintptr_t x, uintptr_t out, uintptr_t positions, const RotaryArgs& how,
+                         bool inverse, int type, int threads) {
+    const RotaryArgs a = placed(how, x, out, positions, inverse, type);
+    pybind11::gil_scoped_release release;
+    rotary_cpu(a, threads);
+  });
   m.def("rotary_append_cpu",
-        [](uintptr_t keys, uintptr_t cache, uintptr_t positions, uintptr_t axis, uintptr_t hi,
-           uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& stride,
-           const Strides& cache_stride, const Strides& positions_stride, int pairs,
-           int pair_stride, const std::array<uintptr_t, 3>& places,
-           const std::array<Strides, 2>& strides, int64_t slots, int type, int threads) {
-          const RotaryArgs a =
-              rotary_arguments(keys, cache, positions, axis, hi, lo, shape, stride, cache_stride,
-                        positions_stride, pairs, pair_stride, false, type);
+        [](uintptr_t keys, uintptr_t cache, uintptr_t positions, const RotaryArgs& how,
+           const std::array<uintptr_t, 3>& places, const std::array<Strides, 2>& strides,
+           int64_t slots, int type, int threads) {
+          const RotaryArgs a = placed(how, keys, cache, positions, false, type);
           pybind11::gil_scoped_release release;
           rotary_append_cpu(appending(a, places, strides, slots), threads);
         });
 #ifdef CLINKD_WITH_CUDA
-  m.def("rotary_cuda",
-        [](uintptr_t x, uintptr_t out, uintptr_t positions, uintptr_t axis, uintptr_t hi,
-           uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& x_stride,
-           const Strides& out_stride, const Strides& positions_stride, int pairs, int pair_stride,
-           bool inverse, int type, uintptr_t stream) {
-          return rotary_cuda(rotary_arguments(x, out, positions, axis, hi, lo, shape, x_stride,
-                                       out_stride, positions_stride, pairs, pair_stride, inverse,
-                                       type),
-                             reinterpret_cast<void*>(stream));
-        });
+  m.def("rotary_cuda", [](uintptr_t x, uintptr_t out, uintptr_t positions, const RotaryArgs& how,
+                          bool inverse, int type, uintptr_t stream) {
+    return rotary_cuda(placed(how, x, out, positions, inverse, type),
+                       reinterpret_cast<void*>(stream));
+  });
   m.def("rotary_append_cuda",
-        [](uintptr_t keys, uintptr_t cache, uintptr_t positions, uintptr_t axis, uintptr_t hi,
-           uintptr_t lo, const std::array<int64_t, 4>& shape, const Strides& stride,
-           const Strides& cache_stride, const Strides& positions_stride, int pairs,
-           int pair_stride, const std::array<uintptr_t, 3>& places,
-           const std::array<Strides, 2>& strides, int64_t slots, int type, uintptr_t stream) {
-          const RotaryArgs a =
-              rotary_arguments(keys, cache, positions, axis, hi, lo, shape, stride, cache_stride,
-                        positions_stride, pairs, pair_stride, false, type);
+        [](uintptr_t keys, uintptr_t cache, uintptr_t positions, const RotaryArgs& how,
+           const std::array<uintptr_t, 3>& places, const std::array<Strides, 2>& strides,
+           int64_t slots, int type, uintptr_t stream) {
+          const RotaryArgs a = placed(how, keys, cache, positions, false, type);
           return rotary_append_cuda(appending(a, places, strides, slots),
                                     reinterpret_cast<void*>(stream));
         });

@@ -173,6 +173,5 @@ def _attention(
 
 def _turned(x: Tensor, positions: Tensor, spec: int, already: bool) -> Any:
     """Queries or keys, and how they are turned, unless they are `already`."""
-    *given, pairs, pair_stride = native_arguments(x, x, positions, spec)
-    pairs = 0 if already else pairs
-    return extension().Turned(*given, pairs, pair_stride, False, TYPES[x.dtype])
+    place, _, positions_place, how = native_arguments(x, x, positions, spec)
+    return extension().Turned(place, positions_place, how, already, TYPES[x.dtype])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clinkd.ops._checks import Form, check_float
 from clinkd.ops._finite import check_finite
-from clinkd.ops._impl import native_impl, resolve_impl, run_native, why_not_native, wrote
+from clinkd.ops._impl import extension, native_impl, resolve_impl, run_native, why_not_native, wrote
 from clinkd.ops._memory import fresh_like
 from clinkd.ops._operator import Operator, is_traced, is_watched
 from clinkd.ops.reference.rotary import rotary as reference_rotary
@@ -168,23 +168,21 @@ def spec_tensors(spec: int, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 
 
 def native_arguments(x: Tensor, out: Tensor, positions: Tensor, spec: int) -> tuple[Any, ...]:
-    """What the C++ and CUDA kernels take first: places, sizes, strides [B, S, H, D] and pairs."""
-    tables, form = _native_form(
-        x.shape, x.stride(), out.stride(), positions.stride(), x.device, spec
-    )
-    return (x.data_ptr(), out.data_ptr(), positions.data_ptr(), *tables, *form)
+    """What the C++ and CUDA kernels take first: places, and a `Rotation` of the extension."""
+    how = _rotation(x.shape, x.stride(), out.stride(), positions.stride(), x.device, spec)
+    return x.data_ptr(), out.data_ptr(), positions.data_ptr(), how
 
 
 @lru_cache(maxsize=1024)
-def _native_form(
+def _rotation(
     shape: torch.Size,
     x_stride: tuple[int, ...],
     out_stride: tuple[int, ...],
     positions_stride: tuple[int, ...],
     device: torch.device,
     spec: int,
-) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """Places of the tables; sizes, strides and pairs."""
+) -> Any:
+    """Sizes, strides [B, S, H, D] and pairs."""
     known = RotarySpec.known[spec]
     tables = tuple(table.data_ptr() for table in spec_tensors(spec, device))
     sizes = tuple(shape)
@@ -192,7 +190,7 @@ def _native_form(
         sizes, x_stride, out_stride = (1, *sizes), (0, *x_stride), (0, *out_stride)
         positions_stride = (positions_stride[0], 0, positions_stride[1])
     strides = (x_stride[:3], out_stride[:3], positions_stride)
-    return tables, (sizes, *strides, known.pairs, known.pair_stride)
+    return extension().Rotation(tables, sizes, *strides, known.pairs, known.pair_stride)
 
 
 def _launch(x: Tensor, out: Tensor, positions: Tensor, spec: int, inverse: bool, impl: str) -> None:

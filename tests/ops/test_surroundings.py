@@ -68,14 +68,14 @@ def test_threads_that_meet_a_new_spec_together():
 
         def run(spec=spec, places=places, start=start):
             start.wait()
-            places.append(native_arguments(x, x, positions, spec.key)[3:6])
+            places.append(native_arguments(x, x, positions, spec.key)[3].tables)
 
         threads = [threading.Thread(target=run) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        kept = tuple(table.data_ptr() for table in spec_tensors(spec.key, x.device))
+        kept = [table.data_ptr() for table in spec_tensors(spec.key, x.device)]
         assert places == [kept] * 4
 
 
