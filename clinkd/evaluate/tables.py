@@ -147,6 +147,17 @@ def _scored(result: Mapping[str, Any] | None) -> Cell:
     return float(result["score"])
 
 
+def _inert(cell: Cell) -> Cell:
+    """With an apostrophe before a name that a spreadsheet would take for a formula (OWASP)."""
+    if not isinstance(cell, str) or cell[:1] not in tuple("=+-@\t\r"):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
 def render(table: Table, form: str) -> str:
     """The table as text.
 
@@ -158,7 +169,8 @@ def render(table: Table, form: str) -> str:
         return json.dumps({"title": table.title, "rows": rows}, ensure_ascii=False, indent=2)
     if form == "csv":  # numbers as they are, and nothing where there is none
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows((table.columns, *table.rows))
+        rows = ((_inert(cell) for cell in row) for row in (table.columns, *table.rows))
+        csv.writer(out, lineterminator="\n").writerows(rows)
         return out.getvalue().rstrip("\n")
     cells = [[_text(cell) for cell in row] for row in (table.columns, *table.rows)]
     if form == "markdown":

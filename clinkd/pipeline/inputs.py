@@ -5,6 +5,7 @@ another size or time, or in another data folder, is read again, so that one that
 reading alone.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -54,7 +55,8 @@ class Inputs:
 def read_inputs(config: RunConfig, run: Path, progress: Update) -> Inputs:
     """Hash the files of records, and those images that are not known from the last start.
 
-    A file that is not there is taken for what it was: who needs it says so.
+    A file that is not there is taken for what it was: who needs it says so. Of a reading that is
+    cut off `images.json` keeps the images that nobody had read before.
     """
     data, before = config.data, _read(run / TABLE)
     root, known = data_root(data), before.get("files", {})
@@ -76,8 +78,12 @@ def read_inputs(config: RunConfig, run: Path, progress: Update) -> Inputs:
         if table[split].get("of") != drawn:
             table[split] = {"of": drawn, "names": _names(path, limit, config.seed, root)}
         names = table[split]["names"]
-        look = partial(_mark, root, known, same_folder)
-        files |= _marks([each for each in names if each not in files], look, progress)
+        try:
+            _read_marks(names, partial(_mark, root, known, same_folder), files, progress)
+        except BaseException:
+            if same_folder or not known:
+                _keep(run, {**before, "root": folder, **table, "files": files | known})
+            raise
         told = json.dumps([hashes[split], [(each, _sha(files[each])) for each in names]])
         hashes[split] = hashlib.sha256(told.encode()).hexdigest()
     changed = sorted(n for n, mark in files.items() if _sha(known.get(n)) not in (None, _sha(mark)))
@@ -97,25 +103,35 @@ def _names(path: Path, limit: int | None, seed: int, root: Path) -> list[str]:
     return sorted({split_name(name, root)[0] for record in records for name in record.images})
 
 
-def _marks(
-    names: Sequence[str], look: Callable[[str], Mark | None], progress: Update
-) -> dict[str, Mark | None]:
-    parts = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
-    found: list[Mark | None] = []
+def _keep(run: Path, table: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # what ends the reading says more
+        write_text(run / TABLE, json.dumps(table, ensure_ascii=False))
+
+
+def _read_marks(
+    names: Sequence[str],
+    look: Callable[[str], Mark | None],
+    files: dict[str, Mark | None],
+    progress: Update,
+) -> None:
+    """Add the marks of those that `files` does not have yet."""
+    new = [name for name in names if name not in files]
+    parts = [new[start : start + _AT_ONCE] for start in range(0, len(new), _AT_ONCE)]
     stopped = threading.Event()  # else a stop would wait for the parts that are under way
 
     def read(part: Sequence[str]) -> list[Mark | None]:
         return [look(name) for name in part if not stopped.is_set()]
 
+    done = 0
     with ThreadPoolExecutor(READERS) as readers:
         try:
-            for marks in readers.map(read, parts):
-                found += marks
-                progress(len(found), len(names), "images")
+            for part, marks in zip(parts, readers.map(read, parts), strict=True):
+                files.update(zip(part, marks, strict=True))
+                done += len(part)
+                progress(done, len(new), "images")
         except BaseException:
             stopped.set()
             raise
-    return dict(zip(names, found, strict=True))
 
 
 def _mark(root: Path, known: dict[str, Mark], same_folder: bool, name: str) -> Mark | None:

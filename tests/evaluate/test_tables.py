@@ -15,7 +15,7 @@ from clinkd.errors import ConfigError, DataError
 from clinkd.evaluate.compare import compare
 from clinkd.evaluate.protocols import protocol
 from clinkd.evaluate.score import score_model
-from clinkd.evaluate.tables import models_by_task, render, tasks_by_modality
+from clinkd.evaluate.tables import Table, models_by_task, render, tasks_by_modality
 
 NAMES = ("liver", "kidney", "spleen", "lung")
 
@@ -54,6 +54,13 @@ def test_every_format_holds_the_same_numbers():
     assert r"a\_b \& c & -- & 50.00" in render(table, "latex")
     with pytest.raises(ConfigError, match="markdown, latex, csv, json"):
         render(table, "xls")
+
+
+def test_no_cell_is_a_formula_in_a_spreadsheet():
+    names = ["=1+1", "@x", "+x", "-x", "\t=1", "-1.5", "+2", "a=b"]
+    table = Table("", ("name", "score"), tuple((name, -0.5) for name in names))
+    found = [row[0] for row in csv.reader(io.StringIO(render(table, "csv")))][1:]
+    assert found == ["'=1+1", "'@x", "'+x", "'-x", "'\t=1", "-1.5", "+2", "a=b"]
 
 
 def test_an_average_over_fewer_tasks_is_a_dash():

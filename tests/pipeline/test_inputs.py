@@ -198,6 +198,42 @@ def test_a_signal_does_not_wait_for_all_images(start, monkeypatch):
     assert len(read) < inputs.READERS * inputs._AT_ONCE / 2
 
 
+@pytest.mark.parametrize("already", [False, True])
+def test_a_reading_that_is_cut_off_goes_on(start, monkeypatch, already):
+    """Nobody looks twice at an image; one that changed before the cut is still told of after."""
+    monkeypatch.setattr(inputs, "READERS", 1)
+    monkeypatch.setattr(inputs, "_AT_ONCE", 1)
+    if already:
+        start()
+        repaint("data/images/train0.bmp")
+        for split in ("train", "test"):
+            os.utime(f"data/images/{split}1.bmp", (1, 1))
+    whole = inputs.sha256_file
+    read = []
+
+    def note(path):
+        read.append(Path(path).name)
+        return whole(path)
+
+    def cut(path):
+        if Path(path).name == ("test1.bmp" if already else "test0.bmp"):
+            raise KeyboardInterrupt
+        return note(path)
+
+    monkeypatch.setattr(inputs, "sha256_file", cut)
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    monkeypatch.setattr(inputs, "sha256_file", note)
+    if already:
+        with pytest.raises(ConfigError, match="from other data"):
+            start()
+        assert "changed since the last start: image images/train0.bmp\n" in start.said.getvalue()
+    else:
+        assert start() == list(STAGES)
+        pictures = sorted(name for name in read if name.endswith(".bmp"))
+        assert pictures == ["test0.bmp", "test1.bmp", "train0.bmp", "train1.bmp"]
+
+
 def test_a_file_that_the_run_makes_and_a_model_that_went_are_no_other_settings(start):
     Path("model").mkdir()
     corrector = ["kind=local", "model=model", "cache=replies/all.jsonl"]
