@@ -169,8 +169,8 @@ def render(table: Table, form: str) -> str:
         return json.dumps({"title": table.title, "rows": rows}, ensure_ascii=False, indent=2)
     if form == "csv":  # numbers as they are, and nothing where there is none
         out = io.StringIO()
-        rows = ((_inert(cell) for cell in row) for row in (table.columns, *table.rows))
-        csv.writer(out, lineterminator="\n").writerows(rows)
+        inert = ([_inert(cell) for cell in row] for row in (table.columns, *table.rows))
+        csv.writer(out, lineterminator="\n").writerows(inert)
         return out.getvalue().rstrip("\n")
     cells = [[_text(cell) for cell in row] for row in (table.columns, *table.rows)]
     if form == "markdown":
