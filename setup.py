@@ -1,8 +1,11 @@
 """Builds `clinkd._C`: C++ for the CPU, and CUDA C++ where nvcc is found. Needs no torch.
 
+nvcc is looked for on the PATH, in CUDA_HOME, CUDA_PATH and /usr/local/cuda.
+
 Environment:
     CLINKD_CUDA        1: fail without nvcc; 0: leave CUDA out; unset: whatever is there.
-    CLINKD_CUDA_ARCHS  such as "80;90;120", the default; PTX of the last one is added.
+    CLINKD_CUDA_ARCHS  such as "80;90;120"; the default is those of them that nvcc knows. PTX of the
+                       first and the last is added: a driver makes code of it for other cards.
 """
 
 import hashlib
@@ -20,7 +23,8 @@ from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-DEFAULT_ARCHS = "80;90;120"
+DEFAULT_ARCHS = ["80", "90", "120"]
+USUAL = "/usr/local/cuda"
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 
@@ -30,16 +34,40 @@ def find_nvcc() -> tuple[str, Path] | None:
     choice = os.environ.get("CLINKD_CUDA", "")
     if choice not in ("", "0", "1"):
         raise SystemExit(f"CLINKD_CUDA must be 0 or 1, got {choice!r}")
-    nvcc = None if choice == "0" else shutil.which("nvcc")
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{h}/bin" for h in (*homes, USUAL))])
+    nvcc = None if choice == "0" else shutil.which("nvcc", path=path)
     if nvcc is None:
         if choice == "1":
-            raise SystemExit("CLINKD_CUDA=1, but there is no nvcc on the PATH")
+            raise SystemExit(
+                f"CLINKD_CUDA=1, but there is no nvcc on the PATH, in CUDA_HOME or in {USUAL}"
+            )
         return None
     asked = subprocess.run(
         [nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False
     ).stderr
     top = re.search(r"^#\$ TOP=(.*)$", asked, re.MULTILINE)
     return nvcc, Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parent.parent
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Which to compile for, such as "80"."""
+    asked = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = re.findall(r"^compute_(\d+)$", asked.stdout, re.MULTILINE)
+    wanted = re.findall(r"\w+", os.environ.get("CLINKD_CUDA_ARCHS", ""))
+    if not known:  # a compiler that lists none says itself what it cannot do
+        return wanted or DEFAULT_ARCHS
+    if unknown := [arch for arch in wanted if arch.rstrip("af") not in known]:
+        raise SystemExit(
+            f"CLINKD_CUDA_ARCHS: {nvcc} knows no {', '.join(unknown)}, only {', '.join(known)}"
+        )
+    found = wanted or [arch for arch in DEFAULT_ARCHS if arch in known]
+    if not found:
+        raise SystemExit(
+            f"clinkd: {nvcc} knows none of sm_{', '.join(DEFAULT_ARCHS)}: a CUDA toolkit of 11.8 "
+            "or newer does; CLINKD_CUDA=0 goes without"
+        )
+    return found
 
 
 class BuildKernels(build_ext):
@@ -54,7 +82,6 @@ class BuildKernels(build_ext):
         linker = shlex.split(os.environ.get("CXX") or "g++")
         require_compilers(command, linker)
         found = find_nvcc()
-        archs = (os.environ.get("CLINKD_CUDA_ARCHS") or DEFAULT_ARCHS).replace(",", ";")
         jobs = []
         defines = []
         libraries = list(OPENMP)
@@ -62,12 +89,13 @@ class BuildKernels(build_ext):
             print("clinkd: no nvcc used, building the CPU kernels only", file=sys.stderr)
         else:
             nvcc, toolkit = found
+            archs = architectures(nvcc)
             includes.append(str(toolkit / "include"))
-            defines = ["-DCLINKD_WITH_CUDA", f'-DCLINKD_CUDA_ARCHS="{archs}"']
+            defines = ["-DCLINKD_WITH_CUDA", f'-DCLINKD_CUDA_ARCHS="{";".join(archs)}"']
             libraries += [str(static_runtime(toolkit)), "-ldl", "-lpthread", "-lrt"]
-            codes = archs.split(";")
-            gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in codes]
-            gencode.append(f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}")
+            gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            ends = dict.fromkeys((archs[0], archs[-1]))
+            gencode += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ends]
             command_cuda = [nvcc, "-O3", "-std=c++17", "-Icsrc", *gencode]
             command_cuda += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
             jobs += [(command_cuda, source) for source in cuda_sources]

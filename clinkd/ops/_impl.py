@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -39,10 +40,23 @@ def resolve_impl(
     if impl not in known:
         raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}")
     if impl == "auto":
-        return native if why_not(native, device, dtype) is None else "reference"
+        reason = why_not(native, device, dtype)
+        if reason is not None and device.type == "cuda" and dtype in TYPES:
+            _warn_slow(reason)
+        return native if reason is None else "reference"
     if reason := why_not(impl, device, dtype):
         raise RuntimeError(f"impl={impl!r} cannot run here: {reason}")
     return impl
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_slow(reason: str) -> None:
+    _warn_once(reason)
+
+
+@lru_cache(maxsize=64)
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"clinkd.ops runs plain torch on this GPU: {reason}", stacklevel=2)
 
 
 def native_impl(device: torch.device) -> str:
@@ -67,9 +81,40 @@ def why_not_native(
     if not built(f"{kernel}_{impl}"):
         return (
             f"this installation has no {op} for {impl}: clinkd._C was built without it, or not "
-            "built"
+            "built; `clinkd doctor` says what there is"
         )
-    return None
+    return why_no_code(device) if impl == "cuda" else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_no_code(device: torch.device) -> str | None:
+    """Why the CUDA kernels that were built cannot run on a card; None where they can."""
+    return _why_no_code(device)
+
+
+@lru_cache(maxsize=64)
+def _why_no_code(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return None  # whatever is asked for such a device says so
+    return _why_not_built_for(torch.cuda.get_device_capability(device), extension().cuda_archs)
+
+
+def _why_not_built_for(card: tuple[int, int], archs: str) -> str | None:
+    """`archs`: as setup.py has it; the first and the last are there as PTX too."""
+    built_for = archs.split(";")
+    for arch in built_for:
+        digits = arch.rstrip("af")  # code of sm_90a or sm_100f runs on no other card
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if card == (major, minor):
+            return None
+        if digits == arch:
+            newer = card >= (major, minor) and arch in (built_for[0], built_for[-1])
+            if newer or (card[0] == major and card[1] >= minor):
+                return None
+    return (
+        f"clinkd._C has code for sm_{', sm_'.join(built_for)}, and this card is sm_{card[0]}"
+        f"{card[1]}: build it with CLINKD_CUDA_ARCHS={card[0]}{card[1]}, or use a newer card"
+    )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -98,11 +143,17 @@ def run_native(name: str, impl: str, tensor: torch.Tensor, *arguments: Any) -> N
     if impl == "cpu":
         run(*arguments, kind, torch.get_num_threads())
         return
-    here = tensor.get_device() == torch.cuda.current_device()  # then nothing need be set and reset
-    with contextlib.nullcontext() if here else torch.cuda.device(tensor.device):
+    with on_device(tensor):
         error = run(*arguments, kind, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"the kernel {name}_{impl} could not start: CUDA error {error}")
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The tensor's GPU as the current one, on which kernels start."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @lru_cache(maxsize=64)

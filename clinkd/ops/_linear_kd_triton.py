@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._checks import checking, raise_first
+from clinkd.ops._impl import on_device
 from clinkd.ops._linear_loss import Model, counted_rows, empty_gradients, of_rows
 from clinkd.ops._operator import Operator, first_order
 
@@ -55,14 +56,16 @@ def _tiles(
             (teacher_hidden, teacher_head, teacher_bias),
         )  # fmt: skip
         cap = softcap or None
-        found, picked = kernels.statistics(
-            student, teacher, own, temperature, divergence, cap, BANDS
-        )
+        with on_device(hidden):
+            found, picked = kernels.statistics(
+                student, teacher, own, temperature, divergence, cap, BANDS
+            )
         merged, ce, kd = _merge(found, picked, temperature, divergence == 1)
         if divergence >= JSD:
-            sums = kernels.mixture(
-                student, teacher, merged, temperature, divergence, mix, cap, BANDS
-            ).sum(dim=1)
+            with on_device(hidden):
+                sums = kernels.mixture(
+                    student, teacher, merged, temperature, divergence, mix, cap, BANDS
+                ).sum(dim=1)
             kd, merged[6] = _mixture(sums, divergence, mix)
             kd = temperature**2 * kd
         right = (own >= 0) & (own < vocab_size)
@@ -120,10 +123,11 @@ def _tiles_backward(
     columns = max(128, BAND_BYTES // (hidden.element_size() * rows) // 128 * 128)
     buffer = hidden.new_empty(rows, min(columns, -(-vocab_size // 128) * 128))
     for begin in range(0, vocab_size, buffer.shape[1]):
-        kernels.gradient_band(
-            student, teacher, own, merged, factor, buffer, begin,
-            temperature, kd_weight, divergence, mix, softcap or None,
-        )  # fmt: skip
+        with on_device(hidden):
+            kernels.gradient_band(
+                student, teacher, own, merged, factor, buffer, begin,
+                temperature, kd_weight, divergence, mix, softcap or None,
+            )  # fmt: skip
         band = slice(begin, min(begin + buffer.shape[1], vocab_size))
         grad = buffer[:, : band.stop - begin]
         if sums is not None:

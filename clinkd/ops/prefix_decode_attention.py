@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clinkd.ops._checks import check_float
-from clinkd.ops._impl import resolve_impl, why_not_triton
+from clinkd.ops._impl import on_device, resolve_impl, why_not_triton
 from clinkd.ops._operator import Operator
 from clinkd.ops.reference.prefix_decode_attention import default_visible
 from clinkd.ops.reference.prefix_decode_attention import prefix_decode_attention as reference
@@ -232,15 +232,16 @@ def _triton(
         prefix_lengths = torch.full((B,), prefix_k.shape[2], dtype=torch.int32, device=q.device)
     if visible is None:
         visible = default_visible(B, K, suffix_k.shape[2], q.device)
-    out: Tensor = launch(
-        q if q.stride(-1) == 1 else q.contiguous(),
-        *_like_strides(prefix_k, prefix_v),
-        *_like_strides(suffix_k, suffix_v),
-        prefix_lengths.int(),
-        suffix_lengths.int(),
-        visible.contiguous(),
-        scale,
-    )
+    with on_device(q):
+        out: Tensor = launch(
+            q if q.stride(-1) == 1 else q.contiguous(),
+            *_like_strides(prefix_k, prefix_v),
+            *_like_strides(suffix_k, suffix_v),
+            prefix_lengths.int(),
+            suffix_lengths.int(),
+            visible.contiguous(),
+            scale,
+        )
     return out
 
 
