@@ -20,6 +20,7 @@ DEMO = "demo"  # the embedded model, or the small CLIP trained on the training s
 SAMPLE = "sample"  # the records and images that come with the package
 
 PositiveInt = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
 HEAD_WIDTH = 32  # of the embedded model
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -132,6 +133,11 @@ class ParallelConfig(Section):
         "auto", description="weights of a teacher that is asked live: whole in every process, cut "
         "over them, or cut and in host memory; auto: cut with zero3, else whole",
     )  # fmt: skip
+    dataloader_workers: NotNegative | Literal["auto"] = Field(
+        "auto",
+        description="processes beside each training process that decode images ahead of it; auto: "
+        "up to 4 where there is a GPU, none where training has the cores",
+    )
 
     @property
     def teacher_place(self) -> str:
@@ -162,7 +168,9 @@ class ModelConfig(Section):
     )
     positions: PositionsConfig = PositionsConfig()
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the arithmetic on a GPU; weights in training stay float32"
+        "float32",
+        description="of the arithmetic: in training on a GPU alone, whose weights stay float32, in "
+        "answering anywhere",
     )
     freeze_vision: bool = Field(False, description="leave the vision tower as it is")
     adapter: AdapterConfig = AdapterConfig()

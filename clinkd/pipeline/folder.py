@@ -270,12 +270,13 @@ def fingerprints(config: RunConfig, inputs: dict[str, str]) -> dict[str, str]:
     answers = {k: whole["generate"][k] for k in ("max_new_tokens", "length_penalty", "batch_size")}
     for name in CALLING:  # or a smaller pace would cost the rounds that are done
         del whole["correct"]["corrector"][name]
+    labels = whole["distill"]["pseudo_labels"]
     parts: dict[str, Any] = {
         "prepare": [inputs["train"], whole["seed"], data, whole["model"]],
         "teacher": whole["teacher"],
-        "pseudo-label": [whole["distill"]["pseudo_labels"], answers],
+        "pseudo-label": [labels, *([] if labels == "soft" else [answers])],
         "distill": whole["distill"],
-        "correct": whole["correct"],
+        "correct": [whole["correct"], answers],
         "generate": [inputs["test"], tested, whole["generate"]],
         # cheap: done again by every version
         "evaluate": [whole["evaluate"], __version__],

@@ -128,7 +128,12 @@ def teacher(folder: RunFolder, progress: Update) -> str:
 
 
 def pseudo_label(folder: RunFolder, progress: Update) -> str:
-    """Let the teacher answer the training split, with its confidence in each answer."""
+    """Let the teacher answer the training split, with its confidence in each answer.
+
+    Soft labels are its distributions over the true answers, so nobody would read what it writes.
+    """
+    if folder.config.distill.pseudo_labels == "soft":
+        return "left out (distill.pseudo_labels = soft: the teacher is asked while distilling)"
     answers = folder.path / "pseudo" / "answers.jsonl"
     run_task(folder, AnswerTask(str(folder.teacher), "train", str(answers)), progress)
     rows = list(read_jsonl(answers))

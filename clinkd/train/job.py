@@ -25,6 +25,7 @@ class Job:
             checkpoint.
         tensorboard: folder of its event files.
         wandb: project of Weights & Biases.
+        dataloader_workers: processes that decode images ahead of this one.
     """
 
     stage: str
@@ -40,3 +41,4 @@ class Job:
     held_out: Sequence[int] = ()
     tensorboard: Path | None = None
     wandb: str | None = None
+    dataloader_workers: int = 0

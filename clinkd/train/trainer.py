@@ -20,7 +20,7 @@ from clinkd.data.lengths import require_fit
 from clinkd.data.packing import PackedRows, pack_rows
 from clinkd.data.records import Record
 from clinkd.data.teacher_cache import TeacherCache
-from clinkd.errors import Preempted, SetupError
+from clinkd.errors import ClinkdError, Preempted, SetupError
 from clinkd.train.adapter import merged
 from clinkd.train.answer_trainer import AnswerTrainer
 from clinkd.train.checkpoint import save_model, whole_state
@@ -124,7 +124,7 @@ def train(
         trainer.take_up_row(last)
     whole_tower = job.strategy != "ddp"
     learning = answer_forward(model, vocabulary, whole_tower=whole_tower)
-    with callback.signals(), learning, _logger_errors(job):
+    with callback.signals(), learning, _logger_errors(job), _loader_errors():
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.require_finite()
     if callback.preempted:
@@ -157,7 +157,7 @@ def _arguments(
     world = world_size()
     step_records = settings.batch_size * settings.gradient_accumulation * world
     steps = math.ceil(math.ceil(records / step_records) * settings.epochs)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
@@ -186,7 +186,7 @@ def _arguments(
         average_tokens_across_devices=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_num_workers=0,
+        dataloader_num_workers=job.dataloader_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=["wandb"] if job.wandb else [],
@@ -199,6 +199,34 @@ def _arguments(
         data_seed=job.seed,
         use_cpu=not torch.cuda.is_available(),
     )
+    if job.dataloader_workers:  # those of Python 3.14 would be given all records as a pickle
+        arguments.dataloader_multiprocessing_context = "fork"
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or each of them warns
+    if arguments.n_gpu > 1:  # else the Trainer spreads one process over all GPUs that it sees
+        arguments._n_gpu = 1
+    return arguments
+
+
+@contextmanager
+def _loader_errors() -> Iterator[None]:
+    """Errors of a process that decodes images, without the traceback that torch puts before them.
+
+    Raises:
+        SetupError: such a process died.
+    """
+    try:
+        yield
+    except ClinkdError as error:
+        if not str(error).startswith("Caught "):
+            raise
+        *_, said = str(error).rpartition(f".{type(error).__name__}: ")
+        raise type(error)(said.strip()) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise SetupError(
+            f"{error} A run with parallel.dataloader_workers=0 needs no such process"
+        ) from None
 
 
 def _require_logger(job: Job) -> None:

@@ -3,11 +3,15 @@
 import json
 import os
 import signal
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from clinkd.config import DemoModelConfig, DistillConfig, TrainConfig
+from clinkd.data import collate as collate_module
 from clinkd.data.collate import AnswerDataset, collate
 from clinkd.data.records import read_records
 from clinkd.errors import ClinkdError, DataError, Preempted, SetupError
@@ -16,6 +20,8 @@ from clinkd.models.demo import build_model, build_processor
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.rotary import PositionConfig
 from clinkd.train import checkpoint
+from clinkd.train import trainer as trainer_module
+from clinkd.train.answer_trainer import AnswerTrainer
 from clinkd.train.job import Job
 from clinkd.train.log import MetricsLog
 from clinkd.train.loss import answer_forward
@@ -210,6 +216,58 @@ def test_nan_stops_the_run(tmp_path, records, processor):
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ClinkdError, match="the loss is nan at step 1"):
         train(make_job(tmp_path, records), model, processor, TrainConfig(log_steps=1))
+
+
+def test_images_decoded_by_other_processes(tmp_path, records, processor, whole):
+    model = make_model(processor)
+    job = replace(make_job(tmp_path, records), dataloader_workers=2)
+    train(job, model, processor, SETTINGS, make_model(processor, 1))
+    assert_same(weights(model), whole[0])
+    assert (tmp_path / "a.jsonl").read_text() == whole[1]
+
+
+def test_a_fault_in_another_process_reads_as_one_here(tmp_path, records, processor, monkeypatch):
+    parent, real = os.getpid(), collate_module.load_image
+
+    def load(root, name):
+        if os.getpid() != parent and name == records[7].images[0]:
+            raise DataError(f"{name}: damaged: it says so")
+        return real(root, name)
+
+    monkeypatch.setattr(collate_module, "load_image", load)
+    job = replace(make_job(tmp_path, records), dataloader_workers=2)
+    with pytest.raises(DataError) as found:
+        train(job, make_model(processor), processor, SETTINGS, make_model(processor, 1))
+    assert str(found.value) == f"{records[7].images[0]}: damaged: it says so"
+    monkeypatch.setattr(collate_module, "load_image", lambda *_: os._exit(1))
+    with pytest.raises(SetupError, match=r"DataLoader worker.*parallel\.dataloader_workers=0"):
+        train(job, make_model(processor), processor, SETTINGS, make_model(processor, 1))
+
+
+def test_one_process_takes_one_gpu(tmp_path, records, processor, monkeypatch):
+    """The Trainer's own choice would spread the model over all that it sees."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self._n_gpu))
+    monkeypatch.setattr(TrainingArguments, "_n_gpu", 4, raising=False)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+    job = make_job(tmp_path, records)
+    assert trainer_module._arguments(job, SETTINGS, tmp_path, 20).n_gpu == 1
+
+
+def test_deepspeed_does_not_round_what_a_cache_says():
+    """Its Trainer casts every float of a batch to the model's type."""
+    trainer = object.__new__(AnswerTrainer)
+    trainer.args = SimpleNamespace(device=torch.device("cpu"))
+    trainer.is_deepspeed_enabled = True
+    settings = SimpleNamespace(dtype=lambda: torch.bfloat16)
+    plugin = SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=settings))
+    trainer.accelerator = SimpleNamespace(state=plugin)
+    exact = torch.tensor([15.03, 14.97])
+    batch = {"pixel_values": exact, "teacher_lse": exact, "teacher_ids": torch.ones(2).int()}
+    found = trainer._prepare_inputs(batch)
+    assert found["pixel_values"].dtype == torch.bfloat16
+    assert torch.equal(found["teacher_lse"], exact)
+    assert found["teacher_lse"].dtype == torch.float32
+    assert found.keys() == batch.keys()
 
 
 def test_too_long_a_record_is_named(tmp_path, records, processor):
