@@ -24,8 +24,13 @@ def gradient_in_place(
 ) -> None:
     """Write the gradient of the logits over them: `student` [N, Vs] has columns side by side."""
     *numbers, impl = options
-    launch("gradient", impl, student, teacher, labels, statistics, numbers,
+    launch("gradient", impl, student, _side_by_side(teacher), labels, statistics, numbers,
             factors=(ce_factor, kd_factor), grad=student)  # fmt: skip
+
+
+def _side_by_side(logits: Tensor) -> Tensor:
+    """With the columns of a row beside each other, as the kernels read them."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def rows(
@@ -40,7 +45,7 @@ def rows(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CE and KD of each row [N], and what the gradient needs [N, STATISTICS]; all float32."""
-    student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
+    student, teacher = _side_by_side(student), _side_by_side(teacher)
     numbers = (temperature, divergence, mix, ignore_index, softcap)
     ce, kd, statistics = empty_rows(student)
     launch("statistics", impl, student, teacher, labels, statistics, numbers, sums=(ce, kd))
@@ -55,7 +60,7 @@ def _divergence(
     Both add up over parts of the columns.
     """
     *numbers, impl = options
-    student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
+    student, teacher = _side_by_side(student), _side_by_side(teacher)
     value, mean, _ = empty_rows(student)
     launch("divergence", impl, student, teacher, labels, statistics, numbers, sums=(mean, value))
     return torch.stack([value, mean], dim=1)
@@ -71,7 +76,7 @@ def rows_backward(
     *options: Any,
 ) -> Tensor:
     *numbers, impl = options
-    student, teacher = (t if t.stride(1) == 1 else t.contiguous() for t in (student, teacher))
+    student, teacher = _side_by_side(student), _side_by_side(teacher)
     grad = fresh_like(student)
     launch("gradient", impl, student, teacher, labels, statistics, numbers,
             factors=(ce_factor, kd_factor), grad=grad)  # fmt: skip

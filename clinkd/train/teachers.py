@@ -170,7 +170,6 @@ def cache_spec(
     chosen = {}
     if settings.pseudo_labels == "both":
         chosen["min_confidence"] = str(settings.min_confidence)
-    dtype = model.dtype if torch.cuda.is_available() else "float32"
     return CacheSpec(
         kind="top-k" if top_k else "hidden",
         records=len(records),
@@ -186,7 +185,7 @@ def cache_spec(
             "teacher": _hash(_file_hash(path, path.stat().st_mtime_ns) for path in weights),
             **chosen,
         },
-        dtype="float16" if top_k else dtype,
+        dtype="float16" if top_k else model.dtype,
         temperature=settings.temperature if top_k else 1.0,
     )
 

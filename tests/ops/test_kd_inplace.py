@@ -40,6 +40,24 @@ def test_the_same_without_memory_of_its_own(dtype, divergence):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("lie", ["in columns", "apart", "all the same"])
+def test_a_teacher_whose_columns_lie_apart(dtype, lie):
+    hidden, head, target, labels = make(dtype)
+    if lie == "in columns":
+        teacher = target.T.contiguous().T
+    elif lie == "apart":
+        teacher = torch.stack([target, target + 9], dim=2).flatten(1)[:, ::2]
+    else:
+        teacher = target[:, :1].expand_as(target)
+    grads = []
+    for inplace in (False, True):
+        leaf = hidden.detach().requires_grad_()
+        found = kd_loss(leaf @ head.T, teacher, labels, temperature=2.0, inplace=inplace)
+        grads += torch.autograd.grad(found.loss, leaf)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_views_of_logits(dtype):
     """As a causal model gives them: [1, N + 1, V], the last of which has no next token."""
     hidden, head, target, labels = make(dtype)

@@ -25,7 +25,7 @@ model:
 teacher: {epochs: 4, learning_rate: 2.0e-3, save_steps: 7, log_steps: 1, batch_size: 1}
 distill:
   {epochs: 1, learning_rate: 2.0e-3, log_steps: 1, batch_size: 1, temperature: 2.0,
-   teacher_cache: hidden}
+   teacher_cache: hidden, pseudo_labels: both}
 generate: {max_new_tokens: 4, scorer_steps: 1}
 """
 # the end of a process that gloo's threads abort, as happens now and then

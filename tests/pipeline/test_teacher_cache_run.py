@@ -27,6 +27,19 @@ def clinkd(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def test_a_cache_in_bfloat16(tmp_path):
+    config, run = tmp_path / "small.yaml", tmp_path / "run"
+    config.write_text(CONFIG)
+    losses = []
+    for kind in ("none", "hidden"):
+        done = clinkd("run", config, f"output={run}", f"distill.teacher_cache={kind}",
+                      "model.dtype=bfloat16", "--to", "distill", "--update")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["kd"] for row in rows if "kd" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 def test_a_cached_teacher_makes_the_same_student(tmp_path):
     config, run = tmp_path / "small.yaml", tmp_path / "run"
     config.write_text(CONFIG)
