@@ -51,6 +51,8 @@ def main() -> None:
 
     processor = AutoProcessor.from_pretrained(args.model)
     model = models.load(args.model, dtype=torch.bfloat16).cuda()
+    if (positions := models.positions_of(model.config)) and positions.preset != "mrope":
+        raise SystemExit(f"vLLM cannot run a model with {positions.preset} positions: give another")
     searcher = BeamSearcher(
         model, processor, args.beams, args.beams, args.new, batch_size=args.batch, stop_ids=()
     )

@@ -3,22 +3,17 @@
 import io
 import logging
 import os
-import platform
 import signal
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 
-import psutil
-
-from clinkd._version import __version__
-from clinkd.config import SAMPLE, RunConfig
+from clinkd.config import RunConfig
 from clinkd.errors import ConfigError, Preempted, SetupError
+from clinkd.pipeline.facts import note_gpus, note_versions, peak_memory
 from clinkd.pipeline.folder import CHEAP, STAGES, RunFolder, fingerprints, free_bytes
 from clinkd.pipeline.inputs import read_inputs
 from clinkd.pipeline.paths import records_file, with_whole_paths
@@ -77,7 +72,7 @@ def _run_stages(
                 _require_unchanged(folder, stage, marks[stage])
         folder.write_config()
         inputs.save(folder.path)
-        _describe(folder)
+        note_versions(folder)
         for stage in wanted:
             _run_stage(folder, stage, marks[stage], console)
     return folder
@@ -120,7 +115,8 @@ def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console
     before = float(entry.get("seconds", 0.0))  # of the tries that were cut off
     start = time.monotonic()
     status = "running"
-    with _peak_memory() as peak, console.stage(stage) as progress:
+    note_gpus(folder)
+    with peak_memory() as peak, console.stage(stage) as progress:
         try:
             summary = stages.RUN[stage](folder, progress)
             status = "done"
@@ -201,44 +197,3 @@ def _log_once() -> None:
 
 def _is_named(record: logging.LogRecord) -> bool:
     return record.name != "root"
-
-
-@contextmanager
-def _peak_memory() -> Iterator[list[int]]:
-    """Watch this process's resident memory; the list's one number is the most seen, in bytes."""
-    process = psutil.Process()
-    peak = [process.memory_info().rss]
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.2):
-            peak[0] = max(peak[0], process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _describe(folder: RunFolder) -> None:
-    """Note versions and the machine in run.json."""
-    packages = ("torch", "transformers", "open_clip_torch", "sentence-transformers", "deepspeed")
-    versions = {"python": platform.python_version(), "clinkd": __version__}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    book = folder.book()
-    book["versions"] = versions
-    book["machine"] = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "executable": f"Python {sys.version.split()[0]}",
-    }
-    book["data"] = "sample" if folder.config.data.train == SAMPLE else folder.config.data.train
-    folder.write_book(book)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 
 from clinkd.data.files import sync_folder, sync_tree
 from clinkd.errors import SetupError
+from clinkd.models.card import card
 from clinkd.train.adapter import trained_state
 from clinkd.train.manifest import checkpoints, publish, seal
 from clinkd.train.parallel import any_rank
@@ -37,6 +38,7 @@ def save_model(
     try:
         model.save_pretrained(staging, state_dict=state)
         processor.save_pretrained(staging)
+        (staging / "README.md").write_text(card(model.config), encoding="utf-8")
         files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
         readable = (staging / "config.json").stat().st_mode
         for path in files:

@@ -7,14 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
+import torch
 
 from clinkd import cli
 from clinkd.config import check
 from clinkd.data import images
 from clinkd.errors import ConfigError, DataError, Preempted, SetupError
 from clinkd.pipeline import runner, stages
+from clinkd.pipeline.facts import peak_memory
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.progress import Console
 
@@ -185,3 +189,32 @@ def test_unsound_data_stops_the_first_stage(tmp_path, spoil, message):
     book = json.loads((tmp_path / "run" / "run.json").read_text())
     assert book["stages"]["prepare"]["status"] == "running"
     assert message.split()[0] in book["stages"]["prepare"]["summary"]
+
+
+def test_what_made_the_numbers_is_noted(tmp_path, monkeypatch):
+    for name in stages.RUN:
+        monkeypatch.setitem(stages.RUN, name, lambda *_: "done")
+    run(tmp_path, last="prepare")
+    book = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert book["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert {"accelerate", "triton", "peft", "bitsandbytes"} <= book["versions"].keys()
+    assert book["machine"]["cores"] == psutil.cpu_count()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    card = type("Properties", (), {"name": "NVIDIA A100"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    run(tmp_path, first="teacher", last="teacher")
+    book = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert book["machine"]["gpus"] == f"6 × NVIDIA A100, CUDA {torch.version.cuda}"
+
+
+def test_memory_of_all_processes_counts():
+    hungry = "import time; held = bytearray(200 << 20); print(1, flush=True); time.sleep(30)"
+    with peak_memory() as peak:
+        command = [sys.executable, "-c", hungry]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+            child.stdout.readline()
+            mine, end = psutil.Process().memory_info().rss, time.monotonic() + 20
+            while peak[0] < mine + (150 << 20) and time.monotonic() < end:
+                time.sleep(0.05)
+            child.kill()
+    assert peak[0] > mine + (150 << 20)

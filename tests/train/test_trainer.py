@@ -16,6 +16,7 @@ from clinkd.data.collate import AnswerDataset, collate
 from clinkd.data.records import read_records
 from clinkd.errors import ClinkdError, DataError, Preempted, SetupError
 from clinkd.models import apply
+from clinkd.models.card import card
 from clinkd.models.demo import build_model, build_processor
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.rotary import PositionConfig
@@ -76,12 +77,23 @@ def whole(tmp_path_factory, records, processor):
     tmp_path = tmp_path_factory.mktemp("whole")
     model = make_model(processor)
     train(make_job(tmp_path, records), model, processor, SETTINGS, make_model(processor, 1))
-    return weights(model), (tmp_path / "a.jsonl").read_text(), sorted(os.listdir(tmp_path / "a"))
+    log, card = ((tmp_path / name).read_text() for name in ("a.jsonl", "a/README.md"))
+    return weights(model), log, sorted(os.listdir(tmp_path / "a")), card
 
 
 def test_leaves_a_model_folder_and_no_checkpoints(whole):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(whole[2])
     assert not [name for name in whole[2] if "checkpoint" in name or name.startswith(".")]
+
+
+def test_a_model_folder_says_who_misreads_it(whole, processor):
+    assert "positions `paper`" in whole[3]
+    assert "Other loaders give other answers" in whole[3]
+    model = build_model(processor, SIZE, 0)
+    model.config.architectures = None
+    assert "load this model as well" in card(model.config)  # nothing is applied: M-RoPE
+    apply(model, PositionConfig("mrope"))
+    assert "positions `mrope`" in card(model.config)
 
 
 def test_log_has_loss_ce_and_kd(whole):
