@@ -7,7 +7,7 @@ from clinkd.data.files import write_jsonl
 from clinkd.data.records import Record, Turn, write_records
 from clinkd.errors import DataError
 from clinkd.models.demo import build_processor
-from clinkd.pipeline import steps
+from clinkd.pipeline import stages, steps
 from clinkd.pipeline.folder import RunFolder
 
 TURNS = (Turn("human", "What?"), Turn("gpt", "That."), Turn("human", "And?"), Turn("gpt", "This."))
@@ -36,6 +36,17 @@ def write_labels(folder, *responses):
     ]
     (folder.path / "pseudo").mkdir()
     write_jsonl(folder.path / "pseudo" / "labels.jsonl", rows)
+
+
+def test_soft_labels_are_not_written(folder, monkeypatch):
+    """They are the teacher's distributions: a text of them would be read by nobody."""
+    asked = []
+    monkeypatch.setattr(stages, "run_task", lambda *task: asked.append(task))
+    soft = {"distill": {"pseudo_labels": "soft"}}
+    said = stages.pseudo_label(RunFolder(folder.path, check(soft)), lambda *_: None)
+    assert said.startswith("left out (distill.pseudo_labels = soft")
+    assert not asked
+    assert not (folder.path / "pseudo").exists()
 
 
 def test_labels_that_fit(folder):
