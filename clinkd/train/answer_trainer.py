@@ -70,7 +70,9 @@ class AnswerTrainer(CheckpointTrainer):
         self._places: list[Tensor] = []  # of the records in them
         # of the parts of this process, in one order however often a run is cut off
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        self._sampler = BucketSampler(lengths, self.args.train_batch_size, self.args.data_seed)
+        self._sampler = BucketSampler(
+            lengths, self.args.train_batch_size, self.args.data_seed, self.args.world_size
+        )
         self.add_callback(_Epochs(self._sampler))
         self.watch: Watch | None = None
         self.logged_step = 0

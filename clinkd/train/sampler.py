@@ -1,11 +1,15 @@
 """Which records come when: a pure function of seed, epoch and lengths; and their numbers."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from clinkd.data.collate import IGNORE_INDEX
+from clinkd.train.teachers import PREFIX
 
 
 class BucketSampler(Sampler[int]):
@@ -19,19 +23,29 @@ class BucketSampler(Sampler[int]):
         lengths: tokens of each record, or any number that grows with them.
         batch_size: records that will be used together.
         seed: of the whole run.
+        processes: that share the batches. Of several each gets as many: the last ones are filled up
+            with the place after the last record, see `Filled`; accelerate would take records of
+            the beginning, which then count twice.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, processes: int = 1
+    ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
+        self.processes = processes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        count = len(self.lengths)
+        if self.processes == 1:
+            return count
+        together = self.batch_size * self.processes
+        return math.ceil(count / together) * together
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -47,6 +61,8 @@ class BucketSampler(Sampler[int]):
             yield from groups[index]
         for group in last:
             yield from group
+        for _ in range(len(self) - len(self.lengths)):
+            yield len(self.lengths)
 
 
 class Numbered(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -63,3 +79,29 @@ class Numbered(torch.utils.data.Dataset[dict[str, Tensor]]):
         place = self.places[index]
         item: dict[str, Tensor] = self.dataset[place]
         return item | {"places": torch.tensor([place])}
+
+
+class Filled(torch.utils.data.Dataset[Any]):
+    """A data set and one item after its last: a copy without answers, of which nothing is learned.
+
+    Args:
+        copied: the place of the item that is copied.
+    """
+
+    def __init__(self, dataset: Any, copied: int) -> None:
+        self.dataset = dataset
+        self.copied = copied
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        item = self.dataset[self.copied]
+        return [_unanswered(item[0])] if isinstance(item, list) else _unanswered(item)
+
+
+def _unanswered(item: dict[str, Tensor]) -> dict[str, Tensor]:
+    told = {name: rows[:0] for name, rows in item.items() if name.startswith(PREFIX)}
+    return item | {"labels": torch.full_like(item["labels"], IGNORE_INDEX)} | told

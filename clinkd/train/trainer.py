@@ -28,7 +28,7 @@ from clinkd.train.job import Job
 from clinkd.train.loss import answer_forward
 from clinkd.train.manifest import latest_whole, require_same_run
 from clinkd.train.parallel import deepspeed_config, from_first, is_first, world_size
-from clinkd.train.sampler import Numbered
+from clinkd.train.sampler import Filled, Numbered
 from clinkd.train.teachers import CachedRows, CachedTeacher, LiveTeacher, Teacher
 from clinkd.train.watch import Watch
 
@@ -83,6 +83,8 @@ def train(
         lengths = [_length(encoded, job.records[place]) for place in places]
     checkpoints = job.output / "checkpoints"
     arguments = _arguments(job, settings, checkpoints, len(learned))
+    if arguments.world_size > 1 and lengths:
+        learned = Filled(learned, min(range(len(lengths)), key=lengths.__getitem__))
     if isinstance(told, LiveTeacher):
         told.to(arguments.device)
     callback = Watch(job)

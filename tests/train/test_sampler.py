@@ -1,9 +1,13 @@
 """The order of records is a pure function of seed and epoch."""
 
+import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 
-from clinkd.train.sampler import BucketSampler
+from clinkd.data.collate import IGNORE_INDEX
+from clinkd.train.sampler import BucketSampler, Filled
 
 
 @given(
@@ -42,3 +46,42 @@ def test_batches_hold_similar_lengths():
         for k in range(0, 640, 8)
     ]
     assert sum(spread) / len(spread) < 640 / 8  # unsorted batches of 8 spread over about 500
+
+
+@given(
+    count=st.integers(1, 200),
+    batch=st.integers(1, 9),
+    processes=st.integers(2, 7),  # accelerate shares nothing for one
+    epoch=st.integers(0, 3),
+)
+def test_processes_see_every_record_once(count, batch, processes, epoch):
+    """As accelerate shares them: filled up with what is no record, in the last batches."""
+    sampler = BucketSampler([(7 * i) % 31 for i in range(count)], batch, 0, processes)
+    sampler.set_epoch(epoch)
+    shares = [
+        list(BatchSamplerShard(BatchSampler(sampler, batch, False), processes, rank))
+        for rank in range(processes)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    seen = [place for share in shares for group in share for place in group]
+    assert sorted(place for place in seen if place < count) == list(range(count))
+    alone = BucketSampler(sampler.lengths, batch, 0)
+    alone.set_epoch(epoch)
+    assert list(sampler)[:count] == list(alone)
+    assert set(list(sampler)[count:]) <= {count}
+
+
+def test_what_fills_up_has_no_answer():
+    one = {"input_ids": torch.arange(4), "labels": torch.tensor([IGNORE_INDEX, 1, 2, 3])}
+    two = one | {"teacher_lse": torch.ones(3), "places": torch.tensor([1])}
+    for dataset in ([one, two], [[one, two], [two, one]]):
+        filled = Filled(dataset, 1)
+        assert len(filled) == 2
+        assert filled[0] is dataset[0]
+        found = filled[2]
+        found = found[0] if isinstance(found, list) else found
+        assert (found["labels"] == IGNORE_INDEX).all()
+        assert len(found["teacher_lse"]) == 0
+        assert found["places"] == 1
+        assert torch.equal(found["input_ids"], one["input_ids"])
+    assert (one["labels"] != IGNORE_INDEX).sum() == 3
