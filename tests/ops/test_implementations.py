@@ -72,6 +72,20 @@ def test_plain_torch_on_a_gpu_is_told_of_once(card, recwarn):
     assert resolve() == "cuda"
 
 
+def test_a_whole_graph_asks_too(monkeypatch):
+    """While it is traced: it has no place for a warning."""
+    _impl._warn_once.cache_clear()
+    monkeypatch.setattr(_impl, "_why_no_code", lambda device: "this card is sm_75")
+    monkeypatch.setattr(_impl, "built", lambda name: True)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def add(x):
+        return x + (2.0 if resolve() == "reference" else 1.0)
+
+    with pytest.warns(UserWarning, match="this card is sm_75"):
+        assert add(torch.zeros(1)).item() == 2.0
+
+
 def test_kernels_start_on_the_device_of_their_tensors(monkeypatch):
     class Tensor:
         is_cuda, device = True, torch.device("cuda:1")
