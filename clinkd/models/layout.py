@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-from clinkd.ops.rotary_attention import resolve_attention
+from clinkd.ops.rotary_attention import native_impl
+from clinkd.ops.rotary_attention import why_not as why_not_attention
 
 ATTENTIONS = ("auto", "fused", "sdpa")
 ARGUMENTS = (
@@ -104,7 +105,7 @@ def why_not(config: Any, dropout: float, device: torch.device, dtype: torch.dtyp
         return f"attn_implementation is {config._attn_implementation!r}, not 'sdpa'"
     if dropout > 0:
         return f"it has no attention dropout, {dropout} is asked for"
-    if resolve_attention("auto", device, dtype) == "reference":
+    if why_not_attention(native_impl(device), device, dtype) is not None:
         return f"there is no kernel for {dtype} on {device.type}"
     return None
 

@@ -103,14 +103,16 @@ def _why_not_built_for(card: tuple[int, int], archs: str) -> str | None:
     """`archs`: as setup.py has it; the first and the last are there as PTX too."""
     built_for = archs.split(";")
     for arch in built_for:
-        digits = arch.rstrip("af")  # code of sm_90a or sm_100f runs on no other card
+        digits = arch.rstrip("af")
         major, minor = int(digits[:-1]), int(digits[-1])
         if card == (major, minor):
             return None
-        if digits == arch:
-            newer = card >= (major, minor) and arch in (built_for[0], built_for[-1])
-            if newer or (card[0] == major and card[1] >= minor):
-                return None
+        if arch.endswith("a"):  # code of sm_90a runs on no other card
+            continue
+        family = card[0] == major and card[1] >= minor
+        newer = card >= (major, minor) and arch in (built_for[0], built_for[-1])
+        if family or (newer and digits == arch):
+            return None
     return (
         f"clinkd._C has code for sm_{', sm_'.join(built_for)}, and this card is sm_{card[0]}"
         f"{card[1]}: build it with CLINKD_CUDA_ARCHS={card[0]}{card[1]}, or use a newer card"

@@ -1,5 +1,6 @@
 """What run.json says of how a run was made: versions, the machine, the memory of its stages."""
 
+import contextlib
 import platform
 import threading
 from collections import Counter
@@ -49,7 +50,7 @@ def note_versions(folder: RunFolder) -> None:
 
 
 def note_gpus(folder: RunFolder) -> None:
-    """Note the cards, where a stage is done; asking imports torch."""
+    """Note the cards that a stage has; asking imports torch."""
     import torch
 
     names = Counter(
@@ -75,7 +76,8 @@ def peak_memory() -> Iterator[list[int]]:
         ticks, started = 0, [own]
         while not stop.wait(0.2):
             if ticks % 10 == 0:  # looks at every process of the machine
-                started = [own, *own.children(recursive=True)]
+                with contextlib.suppress(psutil.Error):  # of which some may be hidden
+                    started = [own, *own.children(recursive=True)]
             ticks += 1
             peak[0] = max(peak[0], sum(map(_resident, started)))
 

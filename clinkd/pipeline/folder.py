@@ -8,6 +8,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakSet
 
 import yaml
 
@@ -57,6 +58,18 @@ CALLING = (
     "dry_run",
 )
 _ANY_INPUTS = {"train": "", "test": ""}  # hashes of files, where configs alone are compared
+
+
+_locks: "WeakSet[IO[str]]" = WeakSet()
+
+
+def _let_go_of_locks() -> None:
+    """In a child: it may outlive a process that is killed, and would keep the folder for itself."""
+    for lock in _locks:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
 class RunFolder:
@@ -116,6 +129,7 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         self._lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+        _locks.add(self._lock)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -276,7 +290,7 @@ def fingerprints(config: RunConfig, inputs: dict[str, str]) -> dict[str, str]:
         "teacher": whole["teacher"],
         "pseudo-label": [labels, *([] if labels == "soft" else [answers])],
         "distill": whole["distill"],
-        "correct": [whole["correct"], answers],
+        "correct": [whole["correct"], *([answers] if labels == "soft" else [])],
         "generate": [inputs["test"], tested, whole["generate"]],
         # cheap: done again by every version
         "evaluate": [whole["evaluate"], __version__],

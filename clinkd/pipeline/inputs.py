@@ -65,27 +65,28 @@ def read_inputs(config: RunConfig, run: Path, progress: Update) -> Inputs:
     hashes: dict[str, str] = {}
     table: dict[str, Any] = {}
     files: dict[str, Mark | None] = {}
-    for split, name, limit in (
-        ("train", data.train, data.train_limit),
-        ("test", data.test, data.test_limit),
-    ):
-        path = records_file(name, split)
-        hashes[split] = sha256_file(path)
-        if name == SAMPLE and root == SAMPLE_FOLDER:
-            continue
-        drawn = [hashes[split], limit, config.seed if limit else None]
-        table[split] = before.get(split, {})
-        if table[split].get("of") != drawn:
-            table[split] = {"of": drawn, "names": _names(path, limit, config.seed, root)}
-        names = table[split]["names"]
-        try:
-            _read_marks(names, partial(_mark, root, known, same_folder), files, progress)
-        except BaseException:
-            if same_folder or not known:
-                _keep(run, {**before, "root": folder, **table, "files": files | known})
-            raise
-        told = json.dumps([hashes[split], [(each, _sha(files[each])) for each in names]])
-        hashes[split] = hashlib.sha256(told.encode()).hexdigest()
+    look = partial(_mark, root, known, same_folder)
+    try:
+        for split, name, limit in (
+            ("train", data.train, data.train_limit),
+            ("test", data.test, data.test_limit),
+        ):
+            path = records_file(name, split)
+            hashes[split] = sha256_file(path)
+            if name == SAMPLE and root == SAMPLE_FOLDER:
+                continue
+            drawn = [hashes[split], limit, config.seed if limit else None]
+            entry = before.get(split, {})
+            if entry.get("of") != drawn:
+                entry = {"of": drawn, "names": _names(path, limit, config.seed, root)}
+            table[split], names = entry, entry["names"]
+            _read_marks(names, look, files, progress)
+            told = json.dumps([hashes[split], [(each, _sha(files[each])) for each in names]])
+            hashes[split] = hashlib.sha256(told.encode()).hexdigest()
+    except BaseException:
+        if files and (same_folder or not known):
+            _keep(run, {**before, "root": folder, **table, "files": files | known})
+        raise
     changed = sorted(n for n, mark in files.items() if _sha(known.get(n)) not in (None, _sha(mark)))
     return Inputs(hashes, changed, {"root": folder, **table, "files": files} if table else None)
 

@@ -115,7 +115,8 @@ def _run_stage(folder: RunFolder, stage: str, fingerprint: str, console: Console
     before = float(entry.get("seconds", 0.0))  # of the tries that were cut off
     start = time.monotonic()
     status = "running"
-    note_gpus(folder)
+    if stage not in CHEAP:  # another machine may score what this one has trained
+        note_gpus(folder)
     with peak_memory() as peak, console.stage(stage) as progress:
         try:
             summary = stages.RUN[stage](folder, progress)

@@ -50,8 +50,15 @@ def dataloader_workers(config: RunConfig) -> int:
         return 0
     if free_bytes(SHARED) < LEAST_SHARED_BYTES:
         return 0
-    spare = (os.cpu_count() or 1) // _local_count(config) - 1
+    spare = _own_cores() // _local_count(config) - 1
     return min(MOST_WORKERS, max(0, spare))
+
+
+def _own_cores() -> int:
+    """Those that this process may use: a scheduler often gives a few of a machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def in_processes(run: Path, task: Any, config: RunConfig, progress: Update) -> str:
@@ -221,7 +228,7 @@ def _work(
     if torch.cuda.is_available():
         torch.cuda.set_device(index)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+        torch.set_num_threads(max(1, _own_cores() // count))
     together = isinstance(task, TrainTask)
     if together:  # the others finish when they finish: nothing may time out on the slowest
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -18,6 +18,7 @@ from clinkd.data.files import sync_folder, sync_tree
 from clinkd.errors import SetupError
 from clinkd.models.card import card
 from clinkd.train.adapter import trained_state
+from clinkd.train.loading import DIED
 from clinkd.train.manifest import checkpoints, publish, seal
 from clinkd.train.parallel import any_rank
 
@@ -102,6 +103,8 @@ class CheckpointTrainer(Trainer):
         try:
             yield
         except kinds as error:
+            if str(error).startswith(DIED):  # torch says so wherever training is
+                raise
             self._problem = self._problem or error
 
     def _all_wrote(self, folder: Path) -> bool:

@@ -20,11 +20,12 @@ from clinkd.data.lengths import require_fit
 from clinkd.data.packing import PackedRows, pack_rows
 from clinkd.data.records import Record
 from clinkd.data.teacher_cache import TeacherCache
-from clinkd.errors import ClinkdError, Preempted, SetupError
+from clinkd.errors import Preempted, SetupError
 from clinkd.train.adapter import merged
 from clinkd.train.answer_trainer import AnswerTrainer
 from clinkd.train.checkpoint import save_model, whole_state
 from clinkd.train.job import Job
+from clinkd.train.loading import plain_errors
 from clinkd.train.loss import answer_forward
 from clinkd.train.manifest import latest_whole, require_same_run
 from clinkd.train.parallel import deepspeed_config, from_first, is_first, world_size
@@ -126,7 +127,7 @@ def train(
         trainer.take_up_row(last)
     whole_tower = job.strategy != "ddp"
     learning = answer_forward(model, vocabulary, whole_tower=whole_tower)
-    with callback.signals(), learning, _logger_errors(job), _loader_errors():
+    with callback.signals(), learning, _logger_errors(job), plain_errors():
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.require_finite()
     if callback.preempted:
@@ -189,6 +190,8 @@ def _arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=job.dataloader_workers,
+        # or each epoch starts new ones, which have no image yet and know no shard of a cache
+        dataloader_persistent_workers=job.dataloader_workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=["wandb"] if job.wandb else [],
@@ -207,28 +210,6 @@ def _arguments(
     if arguments.n_gpu > 1:  # else the Trainer spreads one process over all GPUs that it sees
         arguments._n_gpu = 1
     return arguments
-
-
-@contextmanager
-def _loader_errors() -> Iterator[None]:
-    """Errors of a process that decodes images, without the traceback that torch puts before them.
-
-    Raises:
-        SetupError: such a process died.
-    """
-    try:
-        yield
-    except ClinkdError as error:
-        if not str(error).startswith("Caught "):
-            raise
-        *_, said = str(error).rpartition(f".{type(error).__name__}: ")
-        raise type(error)(said.strip()) from None
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise SetupError(
-            f"{error} A run with parallel.dataloader_workers=0 needs no such process"
-        ) from None
 
 
 def _require_logger(job: Job) -> None:

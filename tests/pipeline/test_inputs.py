@@ -216,7 +216,7 @@ def test_a_reading_that_is_cut_off_goes_on(start, monkeypatch, already):
         return whole(path)
 
     def cut(path):
-        if Path(path).name == ("test1.bmp" if already else "test0.bmp"):
+        if Path(path).name in (("test1.bmp",) if already else ("test0.bmp", "test1.bmp")):
             raise KeyboardInterrupt
         return note(path)
 

@@ -22,7 +22,7 @@ from clinkd.pipeline import workers
     ],
 )
 def test_who_decodes_images(monkeypatch, tmp_path, cores, gpus, shared, wanted, found):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(workers, "SHARED", tmp_path / ("" if shared else "none"))

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from transformers import TrainingArguments
 
 from clinkd.config import DemoModelConfig, DistillConfig, TrainConfig
-from clinkd.data import collate as collate_module
 from clinkd.data.collate import AnswerDataset, collate
 from clinkd.data.records import read_records
 from clinkd.errors import ClinkdError, DataError, Preempted, SetupError
@@ -228,32 +226,6 @@ def test_nan_stops_the_run(tmp_path, records, processor):
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ClinkdError, match="the loss is nan at step 1"):
         train(make_job(tmp_path, records), model, processor, TrainConfig(log_steps=1))
-
-
-def test_images_decoded_by_other_processes(tmp_path, records, processor, whole):
-    model = make_model(processor)
-    job = replace(make_job(tmp_path, records), dataloader_workers=2)
-    train(job, model, processor, SETTINGS, make_model(processor, 1))
-    assert_same(weights(model), whole[0])
-    assert (tmp_path / "a.jsonl").read_text() == whole[1]
-
-
-def test_a_fault_in_another_process_reads_as_one_here(tmp_path, records, processor, monkeypatch):
-    parent, real = os.getpid(), collate_module.load_image
-
-    def load(root, name):
-        if os.getpid() != parent and name == records[7].images[0]:
-            raise DataError(f"{name}: damaged: it says so")
-        return real(root, name)
-
-    monkeypatch.setattr(collate_module, "load_image", load)
-    job = replace(make_job(tmp_path, records), dataloader_workers=2)
-    with pytest.raises(DataError) as found:
-        train(job, make_model(processor), processor, SETTINGS, make_model(processor, 1))
-    assert str(found.value) == f"{records[7].images[0]}: damaged: it says so"
-    monkeypatch.setattr(collate_module, "load_image", lambda *_: os._exit(1))
-    with pytest.raises(SetupError, match=r"DataLoader worker.*parallel\.dataloader_workers=0"):
-        train(job, make_model(processor), processor, SETTINGS, make_model(processor, 1))
 
 
 def test_one_process_takes_one_gpu(tmp_path, records, processor, monkeypatch):
