@@ -1,5 +1,6 @@
 """Answers of a model to records, written as they finish; a run that was killed goes on."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,10 +15,10 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from clinkd.data.convention import from_model, to_model
-from clinkd.data.images import load_image
 from clinkd.data.records import Record
 from clinkd.errors import DataError
 from clinkd.generate.beam import BeamSearcher
+from clinkd.generate.images import Loaded, with_images
 from clinkd.generate.journal import Journal, join_parts
 from clinkd.generate.results import Candidate, Result
 from clinkd.generate.scorer import ClipScorer, mean_over_images
@@ -54,7 +55,8 @@ def answer_records(
     Lines go to a journal beside `output` block by block, and become `output` once all are there. A
     later call with the same model and arguments takes up the journal; one with others starts anew.
     Blocks are cut from the records in order, so that what a question is computed together with, and
-    with it every digit, does not depend on interruptions. No more than a block is in memory.
+    with it every digit, does not depend on interruptions. No more than a block is in
+    memory, and the images of the next one, which are read while it is answered.
 
     A question that cannot be answered gets the reason as its "error" and an empty response.
 
@@ -100,16 +102,18 @@ def answer_records(
     records = records[blocks * rank // world * size : blocks * (rank + 1) // world * size]
     ids = [record.id for record in records]
     journal = Journal(output, _line(settings), ids, size, rank, world)
-    for start in range(journal.done, len(records), size):
-        part = records[start : start + size]
+    starts = range(journal.done, len(records), size)
+    parts = [records[start : start + size] for start in starts]
+    with contextlib.closing(with_images(parts, data_root)) as blocks_ahead:
+        for start, (part, images) in zip(starts, blocks_ahead, strict=True):
 
-        def answered(count: int, start: int = start) -> None:
-            if progress is not None:
-                progress(start + count, len(records), output.stem)
+            def answered(count: int, start: int = start) -> None:
+                if progress is not None:
+                    progress(start + count, len(records), output.stem)
 
-        answered(0)
-        rows = _answer_block(searcher, part, data_root, scorer, selection, mix, answered)
-        journal.append("".join(_line(row) for row in rows))
+            answered(0)
+            rows = _answer_block(searcher, part, images, scorer, selection, mix, answered)
+            journal.append("".join(_line(row) for row in rows))
     if world == 1:
         join_parts(output)
     if progress is not None:
@@ -146,21 +150,20 @@ def _line(row: dict[str, Any]) -> str:
 def _answer_block(
     searcher: BeamSearcher,
     records: Sequence[Record],
-    data_root: str | os.PathLike[str],
+    loaded: Sequence[Loaded],
     scorer: ClipScorer | None,
     selection: Selection,
     mix: float,
     answered: Callable[[int], None],
 ) -> Iterator[dict[str, Any]]:
-    images: dict[int, list[Any]] = {}
+    images: dict[int, list[Image.Image]] = {}
     errors: dict[int, str] = {}
     requests = []
-    for index, record in enumerate(records):
-        try:
-            images[index] = [load_image(data_root, name) for name in record.images]
-        except DataError as error:
-            errors[index] = str(error)
+    for index, (record, found) in enumerate(zip(records, loaded, strict=True)):
+        if isinstance(found, DataError):
+            errors[index] = str(found)
             continue
+        images[index] = found
         try:
             requests.append(_request(str(index), record, images[index], searcher.processor))
         except ValueError as error:
