@@ -133,10 +133,8 @@ class ParallelConfig(Section):
         "auto", description="weights of a teacher that is asked live: whole in every process, cut "
         "over them, or cut and in host memory; auto: cut with zero3, else whole",
     )  # fmt: skip
-    dataloader_workers: NotNegative | Literal["auto"] = Field(
-        "auto",
-        description="processes beside each training process that decode images ahead of it; auto: "
-        "up to 4 where there is a GPU, none where training has the cores",
+    dataloader_workers: NotNegative = Field(
+        0, description="processes beside each training process that decode images ahead of it"
     )
 
     @property

@@ -26,7 +26,7 @@ from clinkd.pipeline.steps import (
     start_of,
     uses_cache,
 )
-from clinkd.pipeline.workers import dataloader_workers, in_processes, process_count
+from clinkd.pipeline.workers import in_processes, process_count
 from clinkd.progress import Update
 from clinkd.train.adapter import add_adapter
 from clinkd.train.job import Job
@@ -128,7 +128,7 @@ def _train(folder: RunFolder, task: TrainTask, progress: Update) -> str:
         held_out=held_out_places(records, settings.held_out, config.seed, data_root(config.data)),
         tensorboard=folder.path / "tensorboard",
         wandb=config.log.wandb,
-        dataloader_workers=dataloader_workers(config),
+        dataloader_workers=config.parallel.dataloader_workers,
     )
     loss = train(job, model, processor, settings, told, teacher_vocabulary=tokens)
     return f"{len(records)} records, loss {loss:.3f}"

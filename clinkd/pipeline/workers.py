@@ -20,13 +20,9 @@ import torch.multiprocessing
 from clinkd import errors
 from clinkd.config import RunConfig, load
 from clinkd.errors import ClinkdError, Preempted, SetupError
-from clinkd.pipeline.folder import free_bytes
 from clinkd.pipeline.machines import describe, machines, require_same_run
 from clinkd.progress import Update
 
-MOST_WORKERS = 4
-SHARED = Path("/dev/shm")  # memory through which batches come; 64 MiB in many containers
-LEAST_SHARED_BYTES = 2 << 30
 Error = tuple[str, str]  # kind and message
 
 
@@ -39,19 +35,6 @@ def process_count(config: RunConfig) -> int:
 def _local_count(config: RunConfig) -> int:
     wanted = config.parallel.processes
     return max(1, torch.cuda.device_count()) if wanted == "auto" else wanted
-
-
-def dataloader_workers(config: RunConfig) -> int:
-    """Processes beside each training process that decode its images."""
-    wanted = config.parallel.dataloader_workers
-    if wanted != "auto":
-        return wanted
-    if not torch.cuda.is_available() or not SHARED.is_dir():
-        return 0
-    if free_bytes(SHARED) < LEAST_SHARED_BYTES:
-        return 0
-    spare = _own_cores() // _local_count(config) - 1
-    return min(MOST_WORKERS, max(0, spare))
 
 
 def _own_cores() -> int:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from clinkd.config import DistillConfig
 from clinkd.data.collate import IGNORE_INDEX
 from clinkd.data.records import Record
 from clinkd.train.checkpoint import CheckpointTrainer
-from clinkd.train.loading import prepare_worker
 from clinkd.train.parallel import any_rank
 from clinkd.train.sampler import BucketSampler
 from clinkd.train.teachers import PREFIX, Teacher
@@ -81,13 +79,6 @@ class AnswerTrainer(CheckpointTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         return self._sampler
-
-    def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
-        if self.args.dataloader_num_workers:
-            plain = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
-            plain.worker_init_fn = partial(prepare_worker, plain.worker_init_fn)
-        return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On the device; under DeepSpeed the Trainer's own also rounds all floats to the model's.

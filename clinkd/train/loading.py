@@ -1,35 +1,12 @@
-"""Processes that decode images ahead of training."""
+"""Processes that decode images ahead of training: what goes wrong in one."""
 
-import os
 import re
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from clinkd.errors import ClinkdError, SetupError
 
 DIED = "DataLoader worker"  # how torch begins what it says of such a process
-
-
-def prepare_worker(first: Any, worker: int) -> None:
-    """What such a process does at its start, besides what `first` does with its number.
-
-    SIGTERM from anybody but the training process is passed over: `timeout`, systemd and schedulers
-    send it to all processes of a job, training wants to save then, and torch takes a dead worker
-    for an error in it.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
-    if first is not None:
-        first(worker)
-
-
-def _end_when_told(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from clinkd.progress import Console
 
 
 def run(tmp_path, *, first="prepare", last="report", **data):
-    config = check({"output": str(tmp_path / "run"), "data": data})
+    few = {"generate": {"scorer_steps": 1}}
+    config = check({"output": str(tmp_path / "run"), "data": data} | few)
     return runner.run(config, Console(io.StringIO()), first=first, last=last)
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from clinkd.models import apply
 from clinkd.models.demo import build_model, build_processor
 from clinkd.pipeline.paths import SAMPLE_FOLDER
 from clinkd.rotary import PositionConfig
-from clinkd.train import loading
 from clinkd.train.job import Job
 from clinkd.train.log import MetricsLog
 from clinkd.train.trainer import train
@@ -134,6 +132,7 @@ def program(tmp_path):
     """A run that trains until it is stopped, in a group of processes of its own."""
     (tmp_path / "c.yaml").write_text(CONFIG)
     command = [sys.executable, "-m", "clinkd", "run", "c.yaml", "--to", "teacher"]
+    command.append("generate.scorer_steps=1")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     log = tmp_path / "run" / "metrics.jsonl"
 
@@ -158,20 +157,13 @@ def program(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_processes_saves_and_stops(program):
-    """As `timeout`, systemd and schedulers send it."""
+def test_ctrl_c_saves_and_stops(program):
     start, folder = program
     running = start()
-    subprocess.run([sys.executable, "-c", f"import os; os.killpg({running.pid}, 15)"], check=True)
-    assert running.wait(60) == 75, (folder / "said").read_text()
-    state = next((folder / "run").rglob("trainer_state.json"))
-    step = json.loads(state.read_text())["global_step"]
-    assert step >= 3
-    running = start()
-    os.killpg(running.pid, signal.SIGINT)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal sends it
     assert running.wait(60) == 130
-    state = max((folder / "run").rglob("trainer_state.json"), key=os.path.getmtime)
-    assert json.loads(state.read_text())["global_step"] > step
+    state = next((folder / "run").rglob("trainer_state.json"))
+    assert json.loads(state.read_text())["global_step"] >= 3
 
 
 @pytest.mark.slow
@@ -182,21 +174,3 @@ def test_a_killed_process_leaves_its_folder(program):
     running.wait()
     start().kill()  # at once, though the others look for their parent every few seconds
     assert "another process" not in (folder / "said").read_text()
-
-
-def test_who_may_end_a_process(tmp_path):
-    """The training process; others are passed over."""
-    ready = tmp_path / "ready"
-    child = os.fork()
-    if child == 0:
-        loading.prepare_worker(lambda worker: ready.write_text(str(worker)), 7)
-        time.sleep(60)
-        os._exit(3)
-    while not ready.exists():
-        time.sleep(0.01)
-    subprocess.run([sys.executable, "-c", f"import os; os.kill({child}, 15)"], check=True)
-    time.sleep(0.3)
-    assert os.waitpid(child, os.WNOHANG) == (0, 0)
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert Path(ready).read_text() == "7"
