@@ -1,5 +1,6 @@
 """Images decoded by other processes: the same training, the same errors, the same stops."""
 
+import contextlib
 import json
 import os
 import signal
@@ -135,6 +136,7 @@ def program(tmp_path):
     command.append("generate.scorer_steps=1")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     log = tmp_path / "run" / "metrics.jsonl"
+    started = []
 
     def steps():
         return log.read_text().count('"stage": "teacher"') if log.exists() else 0
@@ -144,7 +146,10 @@ def program(tmp_path):
             running = subprocess.Popen(
                 command, cwd=tmp_path, env=environment, stdout=said, stderr=said,
                 start_new_session=True,
+                # a shell has its jobs in the background ignore it
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
+        started.append(running)
         before, end = steps(), time.monotonic() + 120
         while steps() < before + 3:
             assert running.poll() is None, (tmp_path / "said").read_text()
@@ -153,7 +158,9 @@ def program(tmp_path):
         return running
 
     yield start, tmp_path
-    subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
