@@ -83,7 +83,10 @@ def toolkit(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "source" / "csrc").mkdir(parents=True)
     (tmp_path / "source" / "csrc" / "one.cu").touch()
-    shutil.copy(ROOT / "setup.py", tmp_path / "source")
+    usual, setup = 'USUAL = "/usr/local/cuda"', (ROOT / "setup.py").read_text()
+    assert usual in setup
+    nowhere = setup.replace(usual, f'USUAL = "{tmp_path / "usual"}"')
+    (tmp_path / "source" / "setup.py").write_text(nowhere)
     nothing = shutil.which("true")
 
     def run(known, **environment):
@@ -142,8 +145,12 @@ def test_a_wrong_switch_says_so(tmp_path):
 
 
 def test_cuda_asked_for_and_no_nvcc(toolkit, tmp_path):
-    if Path("/usr/local/cuda/bin/nvcc").exists():
-        pytest.skip("there is one in its usual place")
     done, _ = toolkit((), CUDA_HOME=str(tmp_path / "nowhere"))
     assert done.returncode != 0
     assert "CLINKD_CUDA=1, but there is no nvcc on the PATH, in CUDA_HOME" in done.stderr
+
+
+def test_nvcc_in_its_usual_place(toolkit, tmp_path):
+    (tmp_path / "usual").symlink_to(tmp_path)
+    _, line = toolkit((80, 90), CUDA_HOME=str(tmp_path / "nowhere"))
+    assert ",code=sm_90" in line

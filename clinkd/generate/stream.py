@@ -55,8 +55,8 @@ def answer_records(
     Lines go to a journal beside `output` block by block, and become `output` once all are there. A
     later call with the same model and arguments takes up the journal; one with others starts anew.
     Blocks are cut from the records in order, so that what a question is computed together with, and
-    with it every digit, does not depend on interruptions. No more than a block is in
-    memory, and the images of the next one, which are read while it is answered.
+    with it every digit, does not depend on interruptions. In memory are no more than one block and
+    the images of the next, which are read while it is answered.
 
     A question that cannot be answered gets the reason as its "error" and an empty response.
 
